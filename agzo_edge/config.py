@@ -1,0 +1,192 @@
+"""Every setting of a run, with its default, its range and its meaning: stated here once.
+
+The command line's flags, the fields of a TOML file and the keyword arguments of the Python API are
+all made from these two classes. Later sources win: built-in < preset < profile < file < flags.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from agzo_edge.errors import ConfigError, numbered
+from agzo_edge.units import parse_bytes
+
+
+def _bytes_from_text(value: object) -> object:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes_from_text), Field(gt=0)]
+
+
+class AgzoConfig(BaseModel):
+    """The method: what one AGZO step does. Source: arXiv 2601.17261; docs/guide/method.md."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(4, ge=1, le=64, description="Directions in a layer's basis (r in the paper).")
+    refresh_every: int = Field(
+        25, ge=0, description="Steps in a window, during which the basis is fixed; 0 keeps the first one for ever."
+    )
+    power_iterations: int = Field(3, ge=1, le=20, description="Steps of subspace iteration that find a basis (K).")
+    mu: float | Literal["auto"] = Field(
+        "auto", description="Perturbation size, a fraction of each layer's output; auto probes the first batch."
+    )
+    noise: Literal["sign", "gaussian"] = Field("sign", description="Distribution of the noise.")
+    difference: Literal["central", "forward", "exact"] = Field(
+        "central", description="How a directional derivative is taken; exact carries the tangent, no mu."
+    )
+    directions: Literal["example", "shared"] = Field(
+        "example", description="A direction for each example of the batch, or one for all."
+    )
+    relative: bool = Field(True, description="Scale perturbation and step by the size of each layer's output.")
+    normalize: bool = Field(True, description="Divide the step by the running spread of the projected gradients.")
+    clip: float = Field(
+        3.0, ge=0, description="Projected gradients are clipped at this multiple of their spread; 0 never clips."
+    )
+    optimizer: Literal["sgd", "momentum", "adam", "sign"] = Field(
+        "sgd", description="Update rule for the coefficients."
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum, and Adam's first decay.")
+    adam_beta2: float = Field(0.99, ge=0, lt=1, description="Adam's second decay.")
+    learning_rate: float = Field(0.1, gt=0, description="Step length.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Course of the learning rate after the warm-up."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero.")
+    max_steps: int = Field(500, ge=1, description="Steps to train.")
+    adapter_rank: int = Field(16, ge=1, le=1024, description="Largest rank of the accumulated adapter.")
+    target: Literal["adapter", "dequantized"] = Field(
+        "adapter", description="Learn a low-rank pair, or write into layers held dequantized."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the noise and of the data order.")
+
+    @model_validator(mode="after")
+    def _mu_is_positive(self) -> Self:
+        if self.mu != "auto" and self.mu <= 0:
+            raise ValueError(f"mu is {self.mu}: it must be positive, or 'auto'")
+        return self
+
+
+class RunConfig(AgzoConfig):
+    """A whole run: the method, and the model, data, machine and outputs around it."""
+
+    model: str | None = Field(None, description="Directory or hub id of a causal language model; none runs the demo.")
+    data: str | None = Field(None, description="Training file, directory or hub id.")
+    eval_data: str | None = Field(None, description="Held-out file, evaluated before, during and after.")
+    output_dir: str | None = Field(None, description="Directory of the run; must be empty, or hold a run to resume.")
+    adapter: str | None = Field(None, description="A PEFT LoRA directory to start from.")
+    profile: str = Field("auto", description="Name or TOML file of a machine; auto detects.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
+    vram_limit: Bytes | None = Field(None, description="Memory budget of the GPU, with its unit: 6GiB.")
+    ram_limit: Bytes | None = Field(None, description="Memory budget of the host, with its unit: 12GiB.")
+    on_overflow: Literal["fail", "shrink"] = Field(
+        "shrink", description="When a plan does not fit: refuse, or take smaller micro-batches first."
+    )
+    load_in_4bit: bool = Field(True, description="Quantize linear layers to 4 bit.")
+    load_in_8bit: bool = Field(False, description="Quantize linear layers to 8 bit.")
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit code book.")
+    double_quant: bool = Field(False, description="Quantize the 4-bit scales as well.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Compute dtype; auto is float32 on a CPU and 16 bit on a GPU."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that a checkpoint brings.")
+    target_modules: tuple[str, ...] | None = Field(
+        None, description="Names or suffixes of the layers to train; all linear layers but the head by default."
+    )
+    objective: Literal["lm", "choice"] = Field("lm", description="What is learned.")
+    mask_prompt: bool = Field(True, description="Take the loss on completions or assistant turns only.")
+    max_seq_length: int = Field(1024, ge=2, description="Longest row in tokens.")
+    overlong: Literal["error", "truncate", "drop"] = Field(
+        "error", description="What to do with rows over the longest length."
+    )
+    batch_size: int = Field(16, ge=1, description="Examples in a step.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Examples in one forward pass; all by default.")
+    eval_steps: int = Field(100, ge=0, description="Evaluate every so many steps; 0 only before and after.")
+    save_steps: int = Field(100, ge=0, description="Write the adapter every so many steps; 0 only at the end.")
+    report_to: Literal["none", "tensorboard"] = Field("none", description="Where else to send the metrics.")
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        faults = []
+        if self.refresh_every and self.warmup_steps >= self.max_steps > 1:
+            faults.append(f"warmup_steps is {self.warmup_steps}, and the run has only {self.max_steps} steps")
+        if self.micro_batch_size and self.micro_batch_size > self.batch_size:
+            faults.append(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
+# One shared Gaussian direction, forward difference, rank 1, a new basis every step: Algorithm 1 of the paper.
+_PAPER = {
+    "rank": 1,
+    "refresh_every": 1,
+    "power_iterations": 3,
+    "noise": "gaussian",
+    "difference": "forward",
+    "directions": "shared",
+    "relative": False,
+    "normalize": False,
+    "clip": 0.0,
+    "optimizer": "sgd",
+    "mu": 1e-3,
+    "learning_rate": 1e-3,
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": _PAPER}
+
+
+def config_from(*sources: Mapping[str, Any], preset: str = "default") -> RunConfig:
+    """The run that `sources` describe on top of `preset`; a later source wins over an earlier one.
+
+    Raises ConfigError, naming every field that is unknown or out of range.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} does not exist: choose one of {', '.join(PRESETS)}")
+    merged: dict[str, Any] = dict(PRESETS[preset])
+    for source in sources:
+        merged.update({name.replace("-", "_"): value for name, value in source.items() if value is not None})
+    if merged.get("load_in_8bit") and not any(source.get("load_in_4bit") for source in sources):
+        merged["load_in_4bit"] = False
+    try:
+        return RunConfig(**merged)
+    except ValidationError as error:
+        raise ConfigError("these settings cannot be used:\n" + numbered(_faults(error))) from None
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """One line per wrong field: its name, what was given, and what is allowed."""
+    lines = []
+    for fault in error.errors():
+        field = ".".join(str(part) for part in fault["loc"]) or "settings"
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            message = "no such setting"
+        elif fault["type"] != "value_error":
+            message = f"{fault['input']!r} given; {message[0].lower()}{message[1:]}"
+        lines.append(f"{field}: {message}")
+    return lines
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, flat or under table headings that only group them.
+
+    Raises ConfigError when the file is missing, is not TOML, or sets a field twice.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+    flat: dict[str, Any] = {}
+    for name, value in document.items():
+        fields = value if isinstance(value, dict) else {name: value}
+        if twice := flat.keys() & fields.keys():
+            raise ConfigError(f"{path}: set twice: {', '.join(sorted(twice))}")
+        flat.update(fields)
+    return flat
