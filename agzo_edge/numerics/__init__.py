@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the mathematics of AGZO, without files, clocks or devices."""

@@ -1,0 +1,73 @@
+"""From losses to numbers a step can use: projected gradients, their spread, their clipping."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def projected_gradients(
+    losses: Tensor,  # (2, examples) float32: rows of the positive and of the other sign
+    *,
+    mu: float,
+    difference: str,
+) -> Tensor:  # (examples,) float32
+    """The directional derivative of each example's loss along its own noise.
+
+    central: (l⁺ − l⁻) / 2mu; forward: (l⁺ − l⁰) / mu; exact: the second row is the derivative itself.
+    Source: AGZO, arXiv 2601.17261, eq. of the projected gradient; MeZO, arXiv 2305.17333, Definition 1.
+    """
+    if difference == "exact":
+        return losses[1]
+    return (losses[0] - losses[1]) / (2 * mu if difference == "central" else mu)
+
+
+def mean_square(projected: Tensor) -> float:
+    """The mean of the squared projected gradients of one step, in float64."""
+    return float(projected.double().square().mean())
+
+
+class Spread:
+    """A running root mean square of the projected gradients: the v of the normalised step.
+
+    An exponential mean with Adam's bias correction. It follows from the journal's projected gradients
+    alone, so replay rebuilds it exactly. Source: DESIGN section 2; GRZO, arXiv 2606.02857 and FZOO divide
+    by the spread within one step, which is noisier for small batches.
+    """
+
+    DECAY = 0.95  # about twenty steps: long enough to smooth, short enough to follow the loss down
+
+    def __init__(self, *, total: float = 0.0, steps: int = 0) -> None:
+        self.total = total
+        self.steps = steps
+
+    def root_mean_square(self) -> float:
+        """The present spread; 0 before the first step."""
+        if self.steps == 0:
+            return 0.0
+        return math.sqrt(self.total / (1.0 - self.DECAY**self.steps))
+
+    def observe(self, projected: Tensor) -> None:
+        """Take in the projected gradients of one step."""
+        self.total = self.DECAY * self.total + (1.0 - self.DECAY) * mean_square(projected)
+        self.steps += 1
+
+
+def clipped(projected: Tensor, *, limit: float) -> Tensor:
+    """The projected gradients cut to [−limit, limit]; a limit of 0 or less cuts nothing."""
+    return projected.clamp(-limit, limit) if limit > 0 else projected
+
+
+def gradient_estimate(
+    noise: Tensor,  # (examples, out_features, rank)
+    weighted: Tensor,  # (examples,): w_b g_b
+) -> Tensor:  # (out_features, rank) float32
+    """The estimate of dL/dC, sum_b w_b g_b R_b. Source: AGZO with a direction for each example, DESIGN 2."""
+    examples, out_features, rank = noise.shape
+    flat = noise.reshape(examples, out_features * rank).float()
+    return (weighted.float().to(flat.device) @ flat).reshape(out_features, rank)
+
+
+def all_finite(losses: Tensor) -> bool:
+    """Whether no loss is NaN or infinite."""
+    return bool(torch.isfinite(losses).all())

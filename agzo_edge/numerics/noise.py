@@ -1,0 +1,93 @@
+"""Noise that anyone can draw again: a function of (run seed, step, layer, example).
+
+The generator is Philox4x64, counter-based: its raw 64-bit words are the same on every machine and in
+every numpy release. The key is (seed, layer) and the counter (block, 0, 0, step), so any example's noise
+is reached without drawing the others. Signs are those raw bits, packed eight to a byte, and are
+unpacked on the device that uses them; a CPU and a GPU therefore see the same noise, bit for bit.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+WORDS_PER_BLOCK = 4  # one Philox4x64 counter value yields four 64-bit words
+BITS_PER_WORD = 64
+
+NoiseKind = Literal["sign", "gaussian"]
+
+
+def raw_words(
+    n_words: int,  # for each example; rounded up to whole Philox blocks
+    *,
+    seed: int,
+    step: int,
+    layer: int,
+    first_example: int,
+    n_examples: int,
+) -> NDArray[np.uint64]:  # (examples, words)
+    """The raw random words of consecutive examples of one layer at one step.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011 (Philox4x64-10).
+    """
+    n_blocks = -(-n_words // WORDS_PER_BLOCK)
+    generator = np.random.Philox(key=[seed, layer], counter=[first_example * n_blocks, 0, 0, step])
+    words = generator.random_raw(n_examples * n_blocks * WORDS_PER_BLOCK)
+    return np.asarray(words, dtype=np.uint64).reshape(n_examples, -1)[:, :n_words]
+
+
+def sign_bits(shape: tuple[int, int, int], **key: int) -> Tensor:
+    """Packed random bits for `shape` = (examples, out_features, rank), as (examples, bytes) uint8.
+
+    `key` is the seed, step, layer and first_example of `raw_words`. 1/8 byte for each noise entry.
+    """
+    n_examples, out_features, rank = shape
+    n_bits = out_features * rank
+    words = raw_words(-(-n_bits // BITS_PER_WORD), n_examples=n_examples, **key)
+    packed = np.ascontiguousarray(words.astype("<u8", copy=False)).view(np.uint8)
+    return torch.from_numpy(packed[:, : -(-n_bits // 8)].copy())
+
+
+def unpack_signs(
+    bits: Tensor,  # (examples, bytes) uint8
+    shape: tuple[int, int, int],  # (examples, out_features, rank)
+    dtype: torch.dtype,
+) -> Tensor:  # (examples, out_features, rank) of -1 and +1
+    """The signs held in packed bits, bit i of byte j being entry 8 j + i; a set bit is +1."""
+    n_examples, out_features, rank = shape
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    flags = (bits.unsqueeze(-1) >> places) & 1  # (examples, bytes, 8)
+    flat = flags.reshape(n_examples, -1)[:, : out_features * rank]
+    return flat.to(dtype).mul_(2).sub_(1).reshape(shape)
+
+
+def gaussian_noise(shape: tuple[int, int, int], **key: int) -> Tensor:
+    """Standard normal noise (examples, out_features, rank), float32, on the CPU.
+
+    Box and Muller's transform of the raw words in float64, rounded once: the words are exact on every
+    machine, the rounded values equal up to the last bit of the mathematical library's logarithm.
+    """
+    n_examples, out_features, rank = shape
+    n_values = out_features * rank
+    words = raw_words(2 * -(-n_values // 2), n_examples=n_examples, **key)
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1): log never meets 0
+    radius = np.sqrt(-2.0 * np.log(uniform[:, 0::2]))
+    angle = 2.0 * np.pi * uniform[:, 1::2]
+    values = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :n_values]
+    return torch.from_numpy(values.astype(np.float32)).reshape(shape)
+
+
+def draw_noise(
+    kind: NoiseKind,
+    shape: tuple[int, int, int],  # (examples, out_features, rank)
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **key: int,
+) -> Tensor:  # (examples, out_features, rank)
+    """The noise R of one layer, one slice for each example; `key`: seed, step, layer, first_example."""
+    if kind == "gaussian":
+        return gaussian_noise(shape, **key).to(device=device, dtype=dtype)
+    return unpack_signs(sign_bits(shape, **key).to(device), shape, dtype)
