@@ -1,0 +1,126 @@
+"""The side-branch of a linear layer: everything AGZO learns, and nothing of the base.
+
+    y = W x + b + C_acc (A_accᵀ x) + C (Aᵀ x) ± mu s R_b (Aᵀ x)
+        frozen    folded windows     window    perturbation
+
+A branch is plain tensors, so replay can rebuild an adapter without a model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from agzo_edge.errors import AdapterError, numbered
+from agzo_edge.numerics.basis import starting_basis
+from agzo_edge.numerics.lowrank import LowRank, compressed, zero_lowrank
+
+
+@dataclass
+class InputGroup:
+    """Layers that read the same input (q, k, v; gate, up), and so share one basis."""
+
+    index: int
+    in_features: int
+    basis: Tensor  # (in_features, rank) float32, orthonormal columns
+
+    @property
+    def rank(self) -> int:
+        """Directions in the basis."""
+        return self.basis.shape[1]
+
+
+@dataclass
+class Branch:
+    """The learned state of one layer."""
+
+    name: str  # the module's path in the transformers model
+    index: int  # the layer's number in the noise's key
+    group: InputGroup
+    out_features: int
+    folded: LowRank  # sum of the past windows, at most adapter_rank after compression
+    c: Tensor  # (out_features, rank) float32: this window's coefficients
+    moments: list[Tensor] = field(default_factory=list)  # the optimizer's state, shaped like c
+    scale: float = 1.0  # s: rms of y over rms length of Aᵀx; 1 when perturbations are absolute
+    steps_in_window: int = 0  # updates that c holds; 0 says that c is zero
+    _cast: tuple[torch.dtype, int, Tensor, LowRank] | None = None  # what `factors` last made, and from what
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the layer."""
+        return self.out_features, self.group.in_features
+
+    def learned(self) -> LowRank:
+        """The weight change so far: the folded windows and the present one."""
+        return self.folded.plus(LowRank(self.c, self.group.basis))
+
+    def factors(self, dtype: torch.dtype) -> LowRank | None:
+        """The learned change in `dtype` for the forward, kept until it changes; None while it is nothing."""
+        if self.folded.rank == 0 and self.steps_in_window == 0:
+            return None
+        if self._cast is not None:
+            cast_dtype, steps, folded_c, factors = self._cast
+            if cast_dtype is dtype and steps == self.steps_in_window and folded_c is self.folded.c:
+                return factors
+        change = self.learned() if self.steps_in_window else self.folded
+        factors = LowRank(change.c.to(dtype), change.a.to(dtype))
+        self._cast = (dtype, self.steps_in_window, self.folded.c, factors)
+        return factors
+
+    def fold(self, *, keep_rank: int) -> float:
+        """Move the window into the folded sum; the share of energy that a compression left out.
+
+        The sum is compressed only when it is twice as wide as it may stay: the SVD is then rare.
+        """
+        if self.steps_in_window:
+            self.folded = self.learned()
+            self.c = torch.zeros_like(self.c)
+            self.steps_in_window = 0
+        if self.folded.rank <= 2 * keep_rank:
+            return 0.0
+        self.folded, left_out = compressed(self.folded, keep_rank)
+        return left_out
+
+
+def make_branches(
+    layers: Sequence[tuple[str, int, int]],  # name, out_features, index of its input group
+    group_in_features: Sequence[int],
+    *,
+    rank: int,
+    device: torch.device | str = "cpu",
+) -> list[Branch]:
+    """Untouched branches for `layers`; a group narrower than `rank` gets as many directions as it has."""
+    groups = [
+        InputGroup(index, width, starting_basis(width, min(rank, width)).to(device))
+        for index, width in enumerate(group_in_features)
+    ]
+    return [
+        Branch(
+            name=name,
+            index=index,
+            group=groups[group],
+            out_features=out_features,
+            folded=zero_lowrank(out_features, groups[group].in_features, device=device),
+            c=torch.zeros(out_features, groups[group].rank, device=device),
+        )
+        for index, (name, out_features, group) in enumerate(layers)
+    ]
+
+
+def set_learned(branches: Sequence[Branch], changes: Mapping[str, LowRank]) -> None:
+    """Let the branches begin with these weight changes, by layer name.
+
+    Raises AdapterError for a layer that is not there or has another shape.
+    """
+    by_name = {branch.name: branch for branch in branches}
+    faults = [f"{name}: the model has no such layer to train" for name in changes if name not in by_name]
+    for name, change in changes.items():
+        shape = (change.c.shape[0], change.a.shape[0])
+        if name in by_name and shape != by_name[name].shape:
+            faults.append(f"{name}: is {shape} in the adapter and {by_name[name].shape} in the model")
+    if faults:
+        raise AdapterError("the adapter does not fit the model:\n" + numbered(faults, shown=5))
+    for name, change in changes.items():
+        device = by_name[name].c.device
+        by_name[name].folded = LowRank(change.c.to(device).float(), change.a.to(device).float())

@@ -1,0 +1,90 @@
+"""The one place that knows which machine we compute on."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from agzo_edge.errors import ConfigError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that `name` (auto, cpu, cuda) means here.
+
+    Raises ConfigError when CUDA is asked for on a machine without it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', and torch sees no CUDA device here: use --device cpu, or see doctor")
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype that `name` means on `device`: auto is float32 on a CPU, 16 bit on a GPU."""
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def sync(device: torch.device) -> None:
+    """Wait for the device to finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PeakMeter:
+    """Bytes in use on a device, and the most there were since `restart`.
+
+    CUDA: torch's allocator. CPU: the process's anonymous memory (RssAnon), since weights are read by mmap
+    and resident pages of a file are not ours; sampled at each reading, so call `read` after every step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peak_bytes = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.peak_bytes = self.read()
+
+    def read(self) -> int:
+        """Bytes in use now; the peak takes them in."""
+        if self.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_reserved(self.device)
+            return torch.cuda.memory_reserved(self.device)
+        used = anonymous_bytes()
+        self.peak_bytes = max(self.peak_bytes, used)
+        return used
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process: RssAnon where the kernel tells it, else the resident set."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        match = re.search(r"^RssAnon:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if match:
+            return int(match.group(1)) * 1024
+    return int(psutil.Process().memory_info().rss)
+
+
+@contextmanager
+def exact_attention(wanted: bool) -> Iterator[None]:
+    """Inside, attention uses the one kernel that has a forward-mode rule; the fast ones raise."""
+    if not wanted:
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield

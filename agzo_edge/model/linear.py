@@ -1,0 +1,101 @@
+"""The linear layer of the runtime: a frozen weight, read once, and a side-branch beside it."""
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agzo_edge.model.branch import Branch
+from agzo_edge.model.passes import PassContext, Perturbation
+from agzo_edge.model.weights import BaseWeight
+
+
+class FrozenLinear(nn.Module):
+    """y = W x + b with W dequantized for the one matmul; never a gradient, never a write."""
+
+    def __init__(self, weight: BaseWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.base = weight
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return F.linear(x, self.base.dense(), self.bias)
+
+
+class BranchedLinear(FrozenLinear):
+    """A frozen layer with a side-branch: learned coefficients, and the pass's perturbation.
+
+    Source: AGZO, arXiv 2601.17261: the perturbation mu R Aᵀ, here never added to the weight.
+    """
+
+    def __init__(self, weight: BaseWeight, bias: Tensor | None, *, context: PassContext) -> None:
+        super().__init__(weight, bias)
+        self.context = context
+        self.branch: Branch | None = None  # attached once the input groups are known
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, tokens, in_features) -> (rows, tokens, out_features); dual tensors in exact mode."""
+        branch, context = self.branch, self.context
+        if branch is None:
+            return super().forward(x)
+        if context.perturbation is not None and context.perturbation.exact:
+            return self._dual_forward(x, branch, context.perturbation)
+        rows = self._as_rows(x)
+        context.see_input(branch.group, rows)
+        y = self._learned(rows, branch, self.bias)
+        context.see_output(branch, rows, y)
+        if context.perturbation is not None:
+            _perturb_(y, rows, branch, context.perturbation)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _as_rows(self, x: Tensor) -> Tensor:
+        """`x` as (rows, tokens, in_features): OPT flattens rows and tokens before its MLP."""
+        if x.ndim == 2 and self.context.mask is not None:
+            return x.view(-1, self.context.mask.shape[1], x.shape[1])
+        return x
+
+    def _learned(self, x: Tensor, branch: Branch, bias: Tensor | None) -> Tensor:
+        """W x + b + C Aᵀ x, C Aᵀ all that was learned; (..., in_features) -> (..., out_features)."""
+        y = F.linear(x, self.base.dense(), bias)
+        change = branch.factors(x.dtype)
+        if change is not None:
+            y.view(-1, self.out_features).addmm_(x.reshape(-1, self.in_features) @ change.a, change.c.mT)
+        return y
+
+    def _dual_forward(self, x: Tensor, branch: Branch, perturbation: Perturbation) -> Tensor:
+        """The layer on (x, t): (W x + b, W t + s R Aᵀ x), one matmul over both streams."""
+        primal, tangent = forward_ad.unpack_dual(x)
+        rows = self._as_rows(primal)
+        self.context.see_input(branch.group, rows)
+        if tangent is None:  # the first layer: nothing below it was perturbed
+            y = self._learned(rows, branch, None)
+            y_tangent = torch.zeros_like(y)
+        else:
+            both = torch.cat([rows, self._as_rows(tangent)])
+            y, y_tangent = self._learned(both, branch, None).chunk(2)
+        if self.bias is not None:
+            y = y + self.bias
+        self.context.see_output(branch, rows, y)
+        _perturb_(y_tangent, rows, branch, perturbation)
+        shape = (*primal.shape[:-1], self.out_features)
+        dual: Tensor = forward_ad.make_dual(y.reshape(shape), y_tangent.reshape(shape))
+        return dual
+
+
+def _perturb_(
+    y: Tensor,  # (streams * rows, tokens, out_features), changed in place
+    x: Tensor,  # (streams * rows, tokens, in_features)
+    branch: Branch,
+    perturbation: Perturbation,
+) -> None:
+    """y += step · scale · R_b (Aᵀ x): each row with its example's noise, each stream with its own step."""
+    noise = perturbation.noise_of(branch)[perturbation.example]  # (rows, out_features, rank)
+    projected = x @ branch.group.basis.to(x.dtype)  # (streams * rows, tokens, rank)
+    streams = len(perturbation.steps)
+    for y_stream, p_stream, step in zip(
+        y.chunk(streams), projected.chunk(streams), perturbation.steps, strict=True
+    ):
+        if step:
+            y_stream.baddbmm_(p_stream, noise.mT, alpha=step * branch.scale)

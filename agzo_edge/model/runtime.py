@@ -1,0 +1,142 @@
+"""A loaded model as the rest of the program sees it: hidden states, logits, branches."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agzo_edge.errors import ModelError
+from agzo_edge.model.branch import Branch, InputGroup, make_branches
+from agzo_edge.model.linear import BranchedLinear, FrozenLinear
+from agzo_edge.model.passes import PassContext, Refresh
+
+PROBE_TOKENS = 6  # enough for every operation to run; small enough to cost nothing
+
+
+@dataclass
+class EdgeModel:
+    """A causal language model whose linear layers are frozen and carry side-branches."""
+
+    network: Any  # the transformers model
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    context: PassContext
+    source: str  # the directory or hub id it came from
+    branches: list[Branch]
+    transposed: bool = False  # its layers are GPT-2's Conv1D, whose weights are stored (in, out)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(rows, tokens) -> (rows, tokens, hidden_size): what the head turns into logits."""
+        output = self.network.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., vocabulary) logits, with the caps and scales that the model defines."""
+        logits: Tensor = self.network.get_output_embeddings()(hidden)
+        config = self.network.config.get_text_config()
+        if scale := getattr(config, "logit_scale", None):
+            logits = logits * scale
+        if scaling := getattr(config, "logits_scaling", None):
+            logits = logits / scaling
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits."""
+        return int(self.network.get_output_embeddings().out_features)
+
+    @property
+    def groups(self) -> list[InputGroup]:
+        """The input groups, in order."""
+        return sorted({branch.group.index: branch.group for branch in self.branches}.values(), key=lambda g: g.index)
+
+    @property
+    def layers(self) -> dict[str, BranchedLinear]:
+        """The layers that carry a branch, by name."""
+        named = self.network.named_modules()
+        return {name: module for name, module in named if isinstance(module, BranchedLinear)}
+
+    def stored_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the base as it is stored, by name, in a fixed order."""
+        for name, module in sorted(self.network.named_modules()):
+            if isinstance(module, FrozenLinear):
+                yield from ((f"{name}.{part}", tensor) for part, tensor in module.base.stored())
+            local = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            yield from ((f"{name}.{part}", tensor) for part, tensor in sorted(local) if tensor is not None)
+
+    def base_sha256(self) -> str:
+        """A hash of every byte of the base: unchanged by training with target = adapter."""
+        digest = hashlib.sha256()
+        for name, tensor in self.stored_tensors():
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def attach_branches(model: EdgeModel, *, rank: int) -> None:
+    """Give every BranchedLinear of the model an untouched branch; layers with the same input share a basis.
+
+    Who shares is seen, not guessed from names: a tiny forward records which tensor each layer was given.
+    Raises ModelError for layers that the forward never calls, or calls with something that is not
+    (rows, tokens, features), as routed experts do.
+    """
+    inputs = _layer_inputs(model)
+    faults = [f"{name}: not used by the model's forward" for name in model.layers if name not in inputs]
+    faults += [
+        f"{name}: reads an input of shape {tuple(x.shape)}, not (rows, tokens, features)"
+        for name, x in inputs.items()
+        if x.shape[:-1] not in ((1, PROBE_TOKENS), (PROBE_TOKENS,))
+    ]
+    if faults:
+        raise ModelError(
+            f"{model.source}: these layers cannot be adapted (leave them out with --target-modules):\n  "
+            + "\n  ".join(faults)
+        )
+    tensors: list[Tensor] = []
+    layers = []
+    for name, layer in model.layers.items():
+        x = inputs[name]
+        group = next((index for index, known in enumerate(tensors) if known is x), len(tensors))
+        if group == len(tensors):
+            tensors.append(x)
+        layers.append((name, layer.out_features, group))
+    widths = [x.shape[-1] for x in tensors]
+    model.branches = make_branches(layers, widths, rank=rank, device=model.device)
+    for branch, layer in zip(model.branches, model.layers.values(), strict=True):
+        layer.branch = branch
+
+
+def _layer_inputs(model: EdgeModel) -> dict[str, Tensor]:
+    """The tensor that each branched layer is given in one tiny forward; the head is checked on the way."""
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _module, args, name=name: inputs.__setitem__(name, args[0]))
+        for name, layer in model.layers.items()
+    ]
+    ids = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0) % model.vocab_size
+    mask = torch.ones_like(ids)
+    try:
+        with torch.no_grad(), model.context.running(mask=mask.bool(), refresh=Refresh.NONE):
+            expected = model.network(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            hidden = model.hidden_states(ids, mask)
+            ours = model.logits(hidden)
+            ids[:, -1] += 1
+            before_last = model.hidden_states(ids, mask)[:, :-1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    moved = (hidden[:, :-1] - before_last).float().abs().mean()
+    if moved > 1e-3 * hidden.float().abs().mean():  # routed experts may move a token by its rounding
+        raise ModelError(f"{model.source}: is no causal language model: its tokens see the ones after them")
+    if not torch.allclose(ours.float(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
+        kind = type(model.network).__name__
+        raise ModelError(f"{model.source}: {kind} does more to its logits than its head: it cannot be trained here")
+    return inputs
+

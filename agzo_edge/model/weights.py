@@ -1,0 +1,118 @@
+"""The frozen weight of a linear layer, in the forms it is stored in.
+
+We never call bitsandbytes' modules: their CPU forward repacks the 4-bit weight to bfloat16 in place, and
+their 8-bit forward quantizes the activations, which drowns a finite difference (docs/decisions/0001).
+A weight is dequantized, used by one matmul and dropped; what is stored is only ever read.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from agzo_edge.errors import ModelError
+
+
+class BaseWeight(Protocol):
+    """A stored weight that can be read as a dense (out_features, in_features) matrix."""
+
+    shape: tuple[int, int]
+
+    def dense(self) -> Tensor:
+        """The weight (out_features, in_features) in the compute dtype; valid until the next call."""
+        ...
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """The stored tensors by name, for hashing and counting."""
+        ...
+
+
+class DenseWeight:
+    """A weight in 16 or 32 bit. `transposed` is the (in, out) layout of GPT-2's Conv1D."""
+
+    def __init__(self, weight: Tensor, *, transposed: bool = False) -> None:
+        self.weight = weight.mT if transposed else weight
+        self.shape = (self.weight.shape[0], self.weight.shape[1])
+
+    def dense(self) -> Tensor:
+        """The weight itself, not a copy."""
+        return self.weight
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """The one tensor."""
+        yield "weight", self.weight
+
+
+class FourBitWeight:
+    """A bitsandbytes NF4 or FP4 weight: packed nibbles and a float32 scale for each block of 64."""
+
+    def __init__(self, packed: Tensor, state: Any, *, dtype: torch.dtype) -> None:
+        self.packed = packed
+        self.state = state
+        self.state.dtype = dtype  # what dequantize_4bit returns; a pre-quantized file may say otherwise
+        self.shape = (state.shape[0], state.shape[1])
+
+    def dense(self) -> Tensor:
+        """The dequantized weight, a fresh tensor."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight: Tensor = dequantize_4bit(self.packed, self.state)
+        return weight
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """The packed nibbles and their scales, the nested ones too."""
+        yield "packed", self.packed
+        yield "absmax", self.state.absmax
+        if self.state.nested:
+            yield "nested_absmax", self.state.state2.absmax
+            yield "offset", self.state.offset
+
+
+class EightBitWeight:
+    """A bitsandbytes int8 weight: each row scaled to ±127. The activations stay unquantized."""
+
+    def __init__(self, rows: Tensor, row_absmax: Tensor, *, dtype: torch.dtype) -> None:
+        self.rows = rows
+        self.row_absmax = row_absmax
+        self.dtype = dtype
+        self.shape = (rows.shape[0], rows.shape[1])
+
+    def dense(self) -> Tensor:
+        """The dequantized weight, a fresh tensor."""
+        scale = (self.row_absmax.float() / 127.0).to(self.dtype).unsqueeze(-1)
+        return self.rows.to(self.dtype).mul_(scale)
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """The integers and the rows' scales."""
+        yield "rows", self.rows
+        yield "row_absmax", self.row_absmax
+
+
+def base_weight_of(module: nn.Module, *, name: str, dtype: torch.dtype) -> BaseWeight:
+    """The frozen weight of `module`, a linear layer of torch, transformers or bitsandbytes.
+
+    Raises ModelError for a layer whose kind is not known, by name.
+    """
+    kind = type(module).__name__
+    weight: Any = module.weight
+    if kind == "Linear4bit":
+        if weight.quant_state is None:
+            raise ModelError(f"{name}: the 4-bit layer carries no quantization state; is the checkpoint whole?")
+        return FourBitWeight(weight.data, weight.quant_state, dtype=dtype)
+    if kind == "Linear8bitLt":
+        rows = weight.CB if weight.CB is not None else weight.data
+        row_absmax = weight.SCB
+        if row_absmax is None or rows.dtype is not torch.int8:
+            raise ModelError(f"{name}: the 8-bit layer carries no row scales; is the checkpoint whole?")
+        return EightBitWeight(rows, row_absmax, dtype=dtype)
+    if kind == "Conv1D":
+        return DenseWeight(weight.data, transposed=True)
+    if isinstance(module, nn.Linear):
+        return DenseWeight(weight.data)
+    raise ModelError(f"{name}: a {kind} is no linear layer that AGZO can adapt")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer of a kind that `base_weight_of` reads."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
