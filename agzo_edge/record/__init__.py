@@ -1,0 +1,1 @@
+"""What a run leaves behind: a journal, an adapter in PEFT's layout, a model card."""
