@@ -1,0 +1,161 @@
+"""Examples, batches of them as tensors, and which examples each step sees: the seed alone decides."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from agzo_edge.numerics.noise import raw_words
+from agzo_edge.train.formats import Format, Objective
+from agzo_edge.train.template import TokenRow
+
+_ORDER_LAYER = 2**62  # a layer no model has: the order shares no random word with any layer's noise
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one loss is computed from."""
+
+    rows: tuple[TokenRow, ...]  # one for lm, one for each option for choice
+    answer: int  # the right option's index; 0 for lm
+    place: str  # "notes.jsonl:12"
+
+    @property
+    def label_tokens(self) -> int:
+        """The tokens that are learned, or scored, in all rows together."""
+        return sum(int(row.is_label.sum()) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of a source's rows."""
+
+    format: Format
+    rows_read: int
+    rows_used: int
+    rows_truncated: int  # among the used
+    rows_dropped: int  # too long, or without a label token
+    label_tokens: int
+    longest_tokens: int  # of the rows used
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """All examples of a source, in its order."""
+
+    examples: Sequence[Example]
+    report: DataReport
+    sha256: str  # of token ids, labels and answers: equal where the same is learned in the same order
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of some examples, padded on the right."""
+
+    input_ids: Tensor  # (rows, tokens) int64
+    attention_mask: Tensor  # (rows, tokens) int64, 0 at padding
+    is_label: Tensor  # (rows, tokens) bool, never at position 0
+    example: Tensor  # (rows,) int64, the example a row belongs to, counted within this batch
+    answer: Tensor  # (examples,) int64, the right one of an example's rows
+    weights: Tensor  # (examples,) float32, shares of the step's whole batch, which sum to 1
+    first_example: int  # number of this batch's first example within the step's
+    places: tuple[str, ...]  # for each example: "notes.jsonl:12"
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            is_label=self.is_label.to(device),
+            example=self.example.to(device),
+            answer=self.answer.to(device),
+            weights=self.weights.to(device),
+        )
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills rows up; any would do, because padding is masked out everywhere."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token_id, int):
+            return token_id
+    return 0
+
+
+def collate(examples: Sequence[Example], *, pad_id: int, objective: Objective) -> Batch:
+    """All of a step's examples in one batch."""
+    return next(micro_batches(examples, micro_batch_size=len(examples), pad_id=pad_id, objective=objective))
+
+
+def micro_batches(
+    examples: Sequence[Example],  # of one step
+    *,
+    micro_batch_size: int,  # examples in a batch; the last may hold fewer
+    pad_id: int,
+    objective: Objective,
+) -> Iterator[Batch]:
+    """A step's examples in batches; all their weights sum to 1, so weighted losses add up to the step's."""
+    assert examples
+    assert micro_batch_size >= 1
+    weights = _weights(examples, objective)
+    for first in range(0, len(examples), micro_batch_size):
+        part = slice(first, first + micro_batch_size)
+        yield _batch(examples[part], weights[part], first_example=first, pad_id=pad_id)
+
+
+def _weights(examples: Sequence[Example], objective: Objective) -> NDArray[np.float32]:
+    """Each example's share of the batch: of its label tokens for lm, an equal one for choice."""
+    tokens = np.array([example.label_tokens if objective == "lm" else 1 for example in examples])
+    return (tokens / tokens.sum()).astype(np.float32)
+
+
+def _batch(
+    examples: Sequence[Example],
+    weights: NDArray[np.float32],  # (examples,)
+    *,
+    first_example: int,
+    pad_id: int,
+) -> Batch:
+    rows = [row for example in examples for row in example.rows]
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    is_label = np.zeros(shape, dtype=np.bool_)
+    for i, row in enumerate(rows):
+        n_tokens = len(row.input_ids)
+        input_ids[i, :n_tokens] = row.input_ids
+        attention_mask[i, :n_tokens] = 1
+        is_label[i, :n_tokens] = row.is_label
+    assert not is_label[:, 0].any()
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        is_label=torch.from_numpy(is_label),
+        example=torch.tensor([i for i, example in enumerate(examples) for _ in example.rows]),
+        answer=torch.tensor([example.answer for example in examples]),
+        weights=torch.from_numpy(weights),
+        first_example=first_example,
+        places=tuple(example.place for example in examples),
+    )
+
+
+def examples_of_step(n_examples: int, *, step: int, batch_size: int, seed: int) -> list[int]:
+    """The indices of the examples of a step, steps counted from 0.
+
+    The epochs follow each other without a gap: each is all examples once, in a fresh order, and a
+    step's batch may reach over its end, or over several when it is larger than the data.
+    """
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [int(_epoch_order(n_examples, p // n_examples, seed)[p % n_examples]) for p in positions]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(n_examples: int, epoch: int, seed: int) -> NDArray[np.int64]:  # (examples,)
+    """A permutation: the ranks of raw random words, which outlive numpy's versions as its shuffles do not."""
+    words = raw_words(n_examples, seed=seed, step=epoch, layer=_ORDER_LAYER, first_example=0, n_examples=1)
+    return np.argsort(words[0], kind="stable")

@@ -1,0 +1,154 @@
+"""What a run has learned so far, and how a step's numbers change it.
+
+The learner needs no model: from the same bases and the same projected gradients it reaches the same
+coefficients, bit for bit, which is what replay and resume stand on.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agzo_edge.config import AgzoConfig
+from agzo_edge.model.branch import Branch
+from agzo_edge.numerics.estimate import Spread, clipped, gradient_estimate
+from agzo_edge.numerics.lowrank import LowRank, compressed
+from agzo_edge.numerics.noise import draw_noise
+from agzo_edge.numerics.update import N_MOMENTS, direction_, reprojected, scheduled_rate
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the forward passes of one step found out."""
+
+    projected: Tensor  # (directions,) float32 on the CPU: projected gradients
+    weights: Tensor  # (directions,) float32, sum to 1: each direction's share of the loss
+
+
+class Learner:
+    """The branches, the spread of the projected gradients, and the update rule."""
+
+    def __init__(self, branches: Sequence[Branch], config: AgzoConfig) -> None:
+        self.branches = list(branches)
+        self.config = config
+        self.spread = Spread()
+        self._old_bases: dict[int, Tensor] = {}
+
+    def window_starts(self, step: int) -> bool:
+        """Whether the bases are found anew at `step`."""
+        every = self.config.refresh_every
+        return step == 0 if every == 0 else step % every == 0
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Inside, an error or an interrupt puts windows, bases and scales back to where they were."""
+        before = [(b.folded, b.c, b.steps_in_window, b.group.basis, b.scale) for b in self.branches]
+        try:
+            yield
+        except BaseException:
+            for b, state in zip(self.branches, before, strict=True):
+                b.folded, b.c, b.steps_in_window, b.group.basis, b.scale = state
+            raise
+
+    def close_window(self) -> float:
+        """Fold every branch's window; the largest share of energy that a compression left out."""
+        self._old_bases = {branch.group.index: branch.group.basis for branch in self.branches}
+        return max(self._fold(branch) for branch in self.branches)
+
+    def _fold(self, branch: Branch) -> float:
+        return branch.fold(keep_rank=self.config.adapter_rank)
+
+    def open_window(self) -> None:
+        """Carry the optimizer's state into the new bases, once they are found."""
+        for branch in self.branches:
+            if self.config.optimizer == "momentum" and branch.moments:
+                old = self._old_bases[branch.group.index]
+                branch.moments = [reprojected(m, old, branch.group.basis) for m in branch.moments]
+            else:  # Adam's second moment has no meaning in another basis
+                branch.moments = [torch.zeros_like(branch.c) for _ in range(N_MOMENTS[self.config.optimizer])]
+
+    def learning_rate(self, step: int) -> float:
+        """The scheduled learning rate at `step`."""
+        config = self.config
+        return scheduled_rate(
+            step,
+            peak=config.learning_rate,
+            schedule=config.lr_schedule,
+            warmup_steps=config.warmup_steps,
+            max_steps=config.max_steps,
+        )
+
+    def apply(self, step: int, measured: Measurement, *, learning_rate: float) -> None:
+        """Move every branch's coefficients: C ← C − lr · s · direction(sum_b w_b g_b R_b / v)."""
+        shares = measured.weights * self._normalized(measured.projected)
+        for branch in self.branches:
+            noise = draw_noise(
+                self.config.noise,
+                (shares.shape[0], *branch.c.shape),
+                device=branch.c.device,
+                seed=self.config.seed,
+                step=step,
+                layer=branch.index,
+                first_example=0,
+            )
+            direction = direction_(
+                gradient_estimate(noise, shares),
+                branch.moments,
+                optimizer=self.config.optimizer,
+                step_in_window=branch.steps_in_window,
+                momentum=self.config.momentum,
+                beta2=self.config.adam_beta2,
+            )
+            branch.c.sub_(direction, alpha=learning_rate * branch.scale)
+            branch.steps_in_window += 1
+
+    def _normalized(self, projected: Tensor) -> Tensor:
+        """The projected gradients, clipped at a multiple of their spread so far and divided by it.
+
+        Clipping looks at the spread before this step, so that one wild row cannot raise its own limit.
+        """
+        before = self.spread.root_mean_square()
+        projected = clipped(projected, limit=self.config.clip * before)
+        self.spread.observe(projected)
+        spread = self.spread.root_mean_square()
+        if not self.config.normalize:
+            return projected
+        return projected / spread if spread > 0 else torch.zeros_like(projected)
+
+    def adapter(self) -> Mapping[str, LowRank]:
+        """What was learned, layer by layer, at most `adapter_rank` wide."""
+        return {b.name: compressed(b.learned(), self.config.adapter_rank)[0] for b in self.branches}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, as tensors by name; `restore` takes it back bit for bit."""
+        tensors = {
+            "spread": torch.tensor([self.spread.total, float(self.spread.steps)], dtype=torch.float64),
+            "scales": torch.tensor([b.scale for b in self.branches], dtype=torch.float64),
+            "steps_in_window": torch.tensor([b.steps_in_window for b in self.branches]),
+        }
+        for branch in self.branches:
+            tensors[f"basis.{branch.group.index}"] = branch.group.basis
+            tensors |= {f"{name}.{branch.index}": tensor for name, tensor in _tensors_of(branch).items()}
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go back to a `state`. Raises KeyError when it is that of other layers."""
+        total, steps = tensors["spread"].tolist()
+        self.spread = Spread(total=total, steps=int(steps))
+        scales, steps_in_window = tensors["scales"].tolist(), tensors["steps_in_window"].tolist()
+        for branch, scale, steps in zip(self.branches, scales, steps_in_window, strict=True):
+            device = branch.c.device
+            branch.scale, branch.steps_in_window = scale, int(steps)
+            branch.group.basis = tensors[f"basis.{branch.group.index}"].to(device)
+            here = {name: tensors[f"{name}.{branch.index}"].to(device) for name in ("folded_c", "folded_a", "c")}
+            branch.folded, branch.c = LowRank(here["folded_c"], here["folded_a"]), here["c"]
+            n_moments = N_MOMENTS[self.config.optimizer]
+            branch.moments = [tensors[f"moment_{i}.{branch.index}"].to(device) for i in range(n_moments)]
+
+
+def _tensors_of(branch: Branch) -> dict[str, Tensor]:
+    """A branch's learned tensors by name."""
+    tensors = {"folded_c": branch.folded.c, "folded_a": branch.folded.a, "c": branch.c}
+    return tensors | {f"moment_{i}": moment for i, moment in enumerate(branch.moments)}

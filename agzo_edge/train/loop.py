@@ -1,0 +1,63 @@
+"""The training loop: it yields records and decides nothing about them."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from agzo_edge.config import RunConfig
+from agzo_edge.model.device import PeakMeter
+from agzo_edge.model.runtime import EdgeModel
+from agzo_edge.train.data import Batch, ExampleSet, examples_of_step, micro_batches, pad_id_of
+from agzo_edge.train.learner import Learner
+from agzo_edge.train.probe import MuProbe, probe_mu
+from agzo_edge.train.step import StepRecord, agzo_step, find_bases, measure
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """A step's record with what it cost."""
+
+    record: StepRecord
+    wall_s: float
+    tokens: int  # of all rows, padding excluded
+    peak_bytes: int
+
+
+def run_steps(
+    model: EdgeModel, learner: Learner, data: ExampleSet, *, config: RunConfig, mu: float, first_step: int = 0
+) -> Iterator[TimedStep]:
+    """Train, one step for each record that is asked for; stop asking, and training stops.
+
+    The examples of a step depend on the seed and the step's number alone.
+    """
+    meter = PeakMeter(model.device)
+    for step in range(first_step, config.max_steps):
+        start_s = time.perf_counter()
+        batches = batches_of_step(model, data, step=step, config=config)
+        record = agzo_step(model, batches, learner, step=step, mu=mu, config=config)
+        meter.read()
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        yield TimedStep(record, time.perf_counter() - start_s, tokens, meter.peak_bytes)
+
+
+def batches_of_step(model: EdgeModel, data: ExampleSet, *, step: int, config: RunConfig) -> list[Batch]:
+    """The micro-batches of a step: a function of the data, the seed and the step's number."""
+    chosen = examples_of_step(len(data.examples), step=step, batch_size=config.batch_size, seed=config.seed)
+    return list(
+        micro_batches(
+            [data.examples[index] for index in chosen],
+            micro_batch_size=config.micro_batch_size or config.batch_size,
+            pad_id=pad_id_of(model.tokenizer),
+            objective=config.objective,
+        )
+    )
+
+
+def probed_mu(model: EdgeModel, data: ExampleSet, *, config: RunConfig) -> MuProbe:
+    """The perturbation size for this model, dtype and card, from probes of the first batch.
+
+    The bases are found on the way and left in place: the first step starts from them.
+    """
+    batches = batches_of_step(model, data, step=0, config=config)
+    find_bases(model, batches, config)
+    return probe_mu(lambda mu: measure(model, batches, step=0, mu=mu, config=config)[0].projected)

@@ -1,0 +1,35 @@
+"""A run's learning done again from its records: no data, no model weights, no forward pass."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from agzo_edge.train.learner import Learner, Measurement
+
+BasesOf = Callable[[int], tuple[Mapping[int, torch.Tensor], Sequence[float]]]  # step -> bases by group, scales by layer
+
+
+def replay(learner: Learner, records: Iterable[Mapping[str, Any]], bases_of: BasesOf) -> None:
+    """Bring `learner` to where it was after `records`: the same operations in the same order.
+
+    The result is bit for bit that of the run on the same kind of machine. Source: DESIGN section 3.
+    """
+    for record in records:
+        step = int(record["step"])
+        if learner.window_starts(step):
+            learner.close_window()
+            take_bases(learner, *bases_of(step))
+            learner.open_window()
+        measured = Measurement(
+            torch.tensor(record["projected"], dtype=torch.float32),
+            torch.tensor(record["weights"], dtype=torch.float32),
+        )
+        learner.apply(step, measured, learning_rate=float(record["learning_rate"]))
+
+
+def take_bases(learner: Learner, bases: Mapping[int, torch.Tensor], scales: Sequence[float]) -> None:
+    """Give the learner's layers the bases and scales of a window."""
+    for branch, scale in zip(learner.branches, scales, strict=True):
+        branch.group.basis = bases[branch.group.index].to(branch.c.device)
+        branch.scale = scale

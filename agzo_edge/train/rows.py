@@ -1,0 +1,180 @@
+"""Raw rows from the files people have, each with its place: "notes.jsonl:12".
+
+A broken row does not stop the reading. It comes out as a `BrokenRow`, so that a person sees all the
+faults of a file at once. A source that cannot be read at all raises DataError. Text is read as UTF-8
+with or without a byte-order mark; bytes that are not UTF-8 survive as lone surrogates, which the check
+of the fields refuses with the line.
+"""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from agzo_edge.errors import DataError
+
+_JSON_COLUMNS = ("messages", "options")  # lists, which a table's cell can only hold as JSON
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as the source holds it."""
+
+    place: str  # for a person: file and line, or the row's number where there are no lines
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BrokenRow:
+    """A row that cannot be used, and why."""
+
+    place: str
+    fault: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.fault}"
+
+
+def file_rows(path: Path) -> Iterator[RawRow | BrokenRow]:
+    """The rows of one file. Raises DataError when it cannot be read, or is of a kind that is not."""
+    reader = FILE_KINDS.get(file_kind(path))
+    if reader is None:
+        known = ", ".join(FILE_KINDS)
+        raise DataError(f"{path}: files of this kind are not read: use one of {known} (text also .gz)")
+    try:
+        yield from reader(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def file_kind(path: Path) -> str:
+    """The suffix that says how a file is read, without .gz: ".jsonl" for notes.jsonl.gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _text(path: Path, *, newline: str) -> TextIO:
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _json_lines(path: Path) -> Iterator[RawRow | BrokenRow]:
+    with _text(path, newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{path.name}:{number}"
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.rstrip())  # or a fault at the end would be in column 1 of the next
+            except json.JSONDecodeError as error:
+                yield BrokenRow(place, f"broken JSON: {error.msg} at column {error.colno}")
+            except (ValueError, RecursionError) as error:  # a number of 10,000 digits, brackets without end
+                yield BrokenRow(place, f"broken JSON: {error}")
+            else:
+                yield _object_row(value, place)
+
+
+def _json_document(path: Path) -> Iterator[RawRow | BrokenRow]:
+    with _text(path, newline="\n") as file:
+        text = file.read()
+    try:
+        document = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("{"):  # JSON Lines under a .json name, as on many pages of the hub
+            yield from _json_lines(path)
+            return
+        place = f"{path.name}:{error.lineno}"
+        raise DataError(f"{place}: broken JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path.name}: broken JSON: {error}") from None
+    values = document if isinstance(document, list) else [document]
+    for number, value in enumerate(values, start=1):
+        yield _object_row(value, f"{path.name}:row {number}")
+
+
+def _object_row(value: object, place: str) -> RawRow | BrokenRow:
+    if isinstance(value, dict):
+        return RawRow(place, value)
+    return BrokenRow(place, f'holds {type_name(value)}; a row is an object: {{"text": ...}}')
+
+
+def _csv(path: Path) -> Iterator[RawRow | BrokenRow]:
+    return _table_rows(path, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+
+
+def _tsv(path: Path) -> Iterator[RawRow | BrokenRow]:
+    # No quoting, as IANA defines text/tab-separated-values: the quotes in a sentence are the sentence's.
+    return _table_rows(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _table_rows(path: Path, *, delimiter: str, quoting: Literal[0, 3]) -> Iterator[RawRow | BrokenRow]:
+    with _text(path, newline="") as lines:
+        reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+        columns: list[str] | None = None
+        line = 1
+        try:
+            for cells in reader:
+                place, line = f"{path.name}:{line}", reader.line_num + 1  # a quoted cell may span lines
+                if columns is None:
+                    columns = _columns(cells, place)
+                elif cells:
+                    yield _table_row(columns, cells, place)
+        except csv.Error as error:  # what follows an open quote cannot be told into rows
+            yield BrokenRow(f"{path.name}:{line}", f"not a table's row; nothing after it was read: {error}")
+
+
+def _columns(cells: list[str], place: str) -> list[str]:
+    columns = [cell.strip() for cell in cells]
+    for column in columns:
+        if column and columns.count(column) > 1:  # pandas leaves its index without a name
+            raise DataError(f"{place}: column {column!r} is named twice; the first line names the columns")
+    return columns
+
+
+def _table_row(columns: list[str], cells: list[str], place: str) -> RawRow | BrokenRow:
+    if len(cells) != len(columns):
+        return BrokenRow(place, f"{len(cells)} cells, but the first line names {len(columns)} columns")
+    return RawRow(place, {column: _cell(column, cell) for column, cell in zip(columns, cells, strict=True)})
+
+
+def _cell(column: str, cell: str) -> Any:
+    if column in _JSON_COLUMNS and cell.lstrip().startswith("["):
+        try:
+            return json.loads(cell)
+        except (ValueError, RecursionError):
+            return cell  # the check of the fields says that it is no list
+    return cell
+
+
+def _parquet(path: Path) -> Iterator[RawRow | BrokenRow]:
+    import pyarrow.parquet  # comes with datasets, which a machine that only runs JSONL can do without
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for fields in batch.to_pylist():
+                number += 1
+                yield RawRow(f"{path.name}:row {number}", fields)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: cannot be read as Parquet after row {number}: {error}") from None
+
+
+def type_name(value: object) -> str:
+    """What a JSON value is, for a person: "a list", "null"."""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+FILE_KINDS: Mapping[str, Callable[[Path], Iterator[RawRow | BrokenRow]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json_document,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+}

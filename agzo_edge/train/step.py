@@ -1,0 +1,160 @@
+"""One AGZO step, top to bottom."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agzo_edge.config import RunConfig
+from agzo_edge.errors import NonFiniteLossError
+from agzo_edge.model.branch import Branch
+from agzo_edge.model.passes import Perturbation, Refresh
+from agzo_edge.model.runtime import EdgeModel
+from agzo_edge.numerics.estimate import all_finite, projected_gradients
+from agzo_edge.numerics.noise import draw_noise
+from agzo_edge.train.data import Batch
+from agzo_edge.train.learner import Learner, Measurement
+from agzo_edge.train.objective import loss_of
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did: enough, with the bases, to do it again without the model."""
+
+    step: int
+    loss: float  # mean over the examples, weighted as the step weighs them, in nats
+    learning_rate: float
+    mu: float
+    projected: tuple[float, ...]  # g, one for each direction
+    weights: tuple[float, ...]  # w, likewise
+    label_tokens: int
+    left_out: float | None = None  # energy lost to compression, in a step that opened a window
+
+
+def agzo_step(
+    model: EdgeModel, batches: Sequence[Batch], learner: Learner, *, step: int, mu: float, config: RunConfig
+) -> StepRecord:
+    """Learn from one batch, given as micro-batches, with forward passes only.
+
+    Raises NonFiniteLossError, naming the rows, before anything is changed by this step.
+    Source: AGZO, arXiv 2601.17261, Algorithm 1; a direction for each example after GRZO, arXiv 2606.02857.
+    """
+    left_out = None
+    refresh = Refresh.NONE
+    with learner.undone_on_error():
+        if learner.window_starts(step):
+            left_out = learner.close_window()
+            refresh = Refresh.IN_PASS
+            if len(batches) > 1:  # the whole batch must shape the basis, not its first part
+                find_bases(model, batches, config)
+                refresh = Refresh.NONE
+        measured, loss = measure(model, batches, step=step, mu=mu, config=config, refresh=refresh)
+
+    if left_out is not None:
+        learner.open_window()
+    learning_rate = learner.learning_rate(step)
+    learner.apply(step, measured, learning_rate=learning_rate)
+    return StepRecord(
+        step=step,
+        loss=loss,
+        learning_rate=learning_rate,
+        mu=mu,
+        projected=tuple(measured.projected.tolist()),
+        weights=tuple(measured.weights.tolist()),
+        label_tokens=sum(int(batch.is_label.sum()) for batch in batches),
+        left_out=left_out,
+    )
+
+
+def measure(
+    model: EdgeModel,
+    batches: Sequence[Batch],
+    *,
+    step: int,
+    mu: float,
+    config: RunConfig,
+    refresh: Refresh = Refresh.NONE,
+) -> tuple[Measurement, float]:
+    """The projected gradients of a step's noise and the batch's loss, by forward passes; nothing is learned.
+
+    Raises NonFiniteLossError, naming the rows.
+    """
+    losses = [_losses(model, batch, step=step, mu=mu, config=config, refresh=refresh) for batch in batches]
+    return _measured(torch.cat(losses, dim=1).cpu(), batches, mu=mu, config=config)
+
+
+def _losses(
+    model: EdgeModel, batch: Batch, *, step: int, mu: float, config: RunConfig, refresh: Refresh
+) -> Tensor:  # (2, examples) float32
+    """The losses of one micro-batch under noise: both signs, or the value and its derivative."""
+    on_device = batch.to(model.device)
+    steps = {"central": (mu, -mu), "forward": (mu, 0.0), "exact": (1.0,)}[config.difference]
+    shared = config.directions == "shared"
+    perturbation = Perturbation(
+        noise_of=_noise_of(
+            n_examples=1 if shared else batch.answer.shape[0],
+            first_example=0 if shared else batch.first_example,
+            step=step,
+            config=config,
+            dtype=model.dtype,
+        ),
+        example=torch.zeros_like(on_device.example) if shared else on_device.example,
+        steps=steps,
+        exact=config.difference == "exact",
+    )
+    losses = loss_of(model, on_device, objective=config.objective, perturbation=perturbation, refresh=refresh)
+    if not all_finite(losses):
+        bad = [place for place, ok in zip(batch.places, losses.isfinite().all(0).tolist(), strict=True) if not ok]
+        raise NonFiniteLossError(
+            f"step {step}: the loss of {', '.join(bad[:5])} is not finite. Nothing was learned from this step; "
+            f"try a smaller --mu (now {mu:g}), --dtype float32, or look at these rows"
+        )
+    return losses
+
+
+def _noise_of(
+    *, n_examples: int, first_example: int, step: int, config: RunConfig, dtype: torch.dtype
+) -> Callable[[Branch], Tensor]:
+    """The noise of a micro-batch as a function of the branch: (examples, out_features, rank)."""
+
+    def noise_of(branch: Branch) -> Tensor:
+        return draw_noise(
+            config.noise,
+            (n_examples, *branch.c.shape),
+            device=branch.c.device,
+            dtype=dtype,
+            seed=config.seed,
+            step=step,
+            layer=branch.index,
+            first_example=first_example,
+        )
+
+    return noise_of
+
+
+def _measured(
+    losses: Tensor, batches: Sequence[Batch], *, mu: float, config: RunConfig
+) -> tuple[Measurement, float]:
+    """The projected gradient of each direction and its weight, and the batch's loss."""
+    weights = torch.cat([batch.weights for batch in batches])
+    at_zero = losses.mean(0) if config.difference == "central" else losses[1 if config.difference == "forward" else 0]
+    projected = projected_gradients(losses, mu=mu, difference=config.difference)
+    if config.directions == "shared":
+        projected, weights_out = (weights @ projected).reshape(1), torch.ones(1)
+        return Measurement(projected, weights_out), float(weights @ at_zero)
+    return Measurement(projected, weights), float(weights @ at_zero)
+
+
+def find_bases(model: EdgeModel, batches: Sequence[Batch], config: RunConfig) -> None:
+    """Find the bases and scales from several micro-batches: plain passes, one for each power iteration.
+
+    The same subspace iteration as inside a single fused pass, its products summed over the micro-batches.
+    """
+    model.context.forget()
+    rounds = [Refresh.ACCUMULATE] * config.power_iterations + [Refresh.MEASURE] * config.relative
+    for refresh in rounds:
+        for batch in batches:
+            loss_of(model, batch.to(model.device), objective=config.objective, refresh=refresh)
+        model.context.finish_iteration(model.groups)
+        model.context.finish_scales(model.branches)

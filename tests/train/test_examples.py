@@ -1,0 +1,158 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from character_tokens import CHATML, CHATML_MARKED
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from agzo_edge.errors import DataError
+from agzo_edge.train.data import ExampleSet
+from agzo_edge.train.examples import load_examples
+
+Jsonl = Callable[..., str]
+
+
+def load(source: str, tokenizer: Tokenizer, **settings: Any) -> ExampleSet:
+    defaults: dict[str, Any] = {
+        "objective": "lm",
+        "max_seq_length": 64,
+        "overlong": "error",
+        "mask_prompt": True,
+    }
+    return load_examples(source, tokenizer, **{**defaults, **settings})
+
+
+def test_the_report_counts_rows_and_tokens(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    data = load(jsonl({"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bcd"}), tokenizer)
+    report = data.report
+    assert (report.format, report.rows_read, report.rows_used) == ("prompt-completion", 2, 2)
+    assert (report.rows_truncated, report.rows_dropped) == (0, 0)
+    assert (report.label_tokens, report.longest_tokens) == (2 + 4, 6)  # with EOS; with BOS and EOS
+    assert [example.place for example in data.examples] == ["notes.jsonl:1", "notes.jsonl:2"]
+
+
+def test_an_example_of_choice_has_a_row_for_each_option(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    source = jsonl({"prompt": "?", "options": ["a", "b", "c"], "answer": "b"})
+    (example,) = load(source, tokenizer, objective="choice").examples
+    assert len(example.rows) == 3
+    assert example.answer == 1
+
+
+def test_the_hash_is_of_what_is_learned(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    first = load(jsonl({"prompt": "ab", "completion": "c"}), tokenizer).sha256
+    assert load(jsonl("", {"completion": "c", "prompt": "ab", "id": 3}), tokenizer).sha256 == first
+    assert (
+        load(jsonl({"prompt": "a", "completion": "bc"}), tokenizer).sha256 != first
+    )  # the mask alone differs
+    assert load(jsonl({"prompt": "ab", "completion": "d"}), tokenizer).sha256 != first
+
+
+def test_all_faults_come_at_once_in_the_order_of_the_lines(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    source = jsonl(
+        {"text": "a"}, "{broken", {"text": ""}, {"text": "a" * 100}, {"text": "b"}, {"prompt": "c"}
+    )
+    with pytest.raises(DataError) as caught:
+        load(source, tokenizer)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{source}: 4 of 6 rows cannot be used:"
+    assert [line.split(": ")[0].strip() for line in lines[1:5]] == [f"notes.jsonl:{n}" for n in (2, 3, 4, 6)]
+    assert lines[3] == "  notes.jsonl:4: 102 tokens; the limit is 64"
+    assert lines[5:] == ["longer rows: --max-seq-length 102, or --overlong truncate or drop"]
+
+
+def test_twenty_faults_are_shown_and_the_rest_counted(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError) as caught:
+        load(jsonl(*[{"text": ""}] * 1234), tokenizer)
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("1,234 of 1,234 rows cannot be used:")
+    assert len(lines) == 1 + 20 + 1
+    assert lines[-1] == "  ... and 1214 more"
+
+
+def test_truncation_takes_the_end_of_a_row_and_is_counted(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    source = jsonl({"prompt": "abc", "completion": "defgh"}, {"prompt": "a", "completion": "b"})
+    data = load(source, tokenizer, max_seq_length=6, overlong="truncate")
+    assert tokenizer.decode(data.examples[0].rows[0].input_ids) == "<s>abcde"
+    assert data.examples[0].label_tokens == 2
+    assert (data.report.rows_truncated, data.report.rows_used, data.report.longest_tokens) == (1, 2, 6)
+
+
+def test_truncation_takes_the_start_of_a_choice_prompt_and_keeps_bos(
+    jsonl: Jsonl, tokenizer: Tokenizer
+) -> None:
+    source = jsonl({"prompt": "abcdef", "options": ["xyz", "w"], "answer": 0})
+    data = load(source, tokenizer, objective="choice", max_seq_length=6, overlong="truncate")
+    rows = data.examples[0].rows
+    assert [tokenizer.decode(row.input_ids) for row in rows] == ["<s>efxyz", "<s>efw"]
+    assert [int(row.is_label.sum()) for row in rows] == [3, 1]
+    with pytest.raises(
+        DataError, match=r"notes.jsonl:1: an option alone has 3 tokens: no prompt would be left of 4"
+    ):
+        load(source, tokenizer, objective="choice", max_seq_length=4, overlong="truncate")
+
+
+def test_dropped_rows_are_counted(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    data = load(jsonl({"text": "a" * 99}, {"text": "b"}), tokenizer, overlong="drop")
+    assert [example.place for example in data.examples] == ["notes.jsonl:2"]
+    assert (data.report.rows_read, data.report.rows_used, data.report.rows_dropped) == (2, 1, 1)
+
+
+def test_a_row_without_a_label_is_an_error_unless_it_may_be_dropped(
+    jsonl: Jsonl, tokenizer: Tokenizer
+) -> None:
+    tokenizer.chat_template = CHATML
+    mute, talk = [{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Hi"}]
+    talk.append({"role": "assistant", "content": "Ho"})
+    source = jsonl({"messages": talk}, {"messages": mute})
+    for overlong in ("error", "truncate"):
+        with pytest.raises(DataError, match=r"notes.jsonl:2: no label token: nothing would be learned"):
+            load(source, tokenizer, overlong=overlong)
+    assert load(source, tokenizer, overlong="drop").report.rows_dropped == 1
+    assert load(source, tokenizer, mask_prompt=False).report.rows_used == 2
+
+
+def test_truncation_to_the_prompt_alone_is_an_error(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    source = jsonl({"prompt": "abcdef", "completion": "g"})
+    with pytest.raises(
+        DataError, match=r"notes.jsonl:1: no label token: of 9 tokens the first 5 are all prompt"
+    ):
+        load(source, tokenizer, max_seq_length=5, overlong="truncate")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff"])
+def test_an_empty_file_is_an_error(jsonl: Jsonl, tokenizer: Tokenizer, content: str) -> None:
+    with pytest.raises(DataError, match=r"notes.jsonl: holds no rows"):
+        load(jsonl(content), tokenizer)
+
+
+def test_a_file_of_which_every_row_was_dropped_is_an_error(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"no row is left: all 2 .* longest has 101.* raise --max-seq-length"):
+        load(jsonl({"text": "a" * 99}, {"text": "b" * 98}), tokenizer, overlong="drop")
+
+
+def test_messages_without_a_chat_template_stop_at_once(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    source = jsonl({"messages": talk}, {"messages": talk})
+    with pytest.raises(DataError, match=r"notes.jsonl: rows of messages need a chat template"):
+        load(source, tokenizer)
+    tokenizer.chat_template = CHATML_MARKED
+    assert load(source, tokenizer).report.format == "messages"
+
+
+def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"text": "plain"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"latin.jsonl:2: text holds bytes that are not UTF-8"):
+        load(str(path), tokenizer)
+
+
+def test_real_instructions_load_with_a_real_tokenizer(shared_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared_dir / "models" / "tiny-novels")
+    source = shared_dir / "data" / "instruct_rasbt" / "instruction-data.json"
+    data = load(str(source), tokenizer, max_seq_length=1024, overlong="drop")
+    assert data.report.format == "alpaca"
+    assert data.report.rows_read == 1100
+    ends = {int(example.rows[0].input_ids[-1]) for example in data.examples}
+    assert ends == {tokenizer.eos_token_id}

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+
+from agzo_edge.errors import DataError
+from agzo_edge.train.source import Split, read_rows
+
+
+@pytest.mark.parametrize(
+    ("split", "name"),
+    [
+        ("train", "train.jsonl"),
+        ("validation", "valid.jsonl"),
+        ("validation", "validation.jsonl"),
+        ("test", "test.jsonl"),
+    ],
+)
+def test_a_directory_gives_the_file_of_its_split(tmp_path: Path, split: Split, name: str) -> None:
+    for other in ("train.jsonl", "test.jsonl", name):
+        (tmp_path / other).write_text('{"text": "other"}\n')
+    (tmp_path / "SOURCE.json").write_text("{}")
+    (tmp_path / name).write_text('{"text": "wanted"}\n')
+    assert [row.place for row in read_rows(str(tmp_path), split=split)] == [f"{name}:1"]
+    assert [row.fields for row in read_rows(str(tmp_path), split=split)] == [{"text": "wanted"}]
+
+
+def test_a_directory_without_the_split_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").touch()
+    with pytest.raises(DataError, match=r"no valid.\* or validation.\* .* in it \(train.csv\)"):
+        list(read_rows(str(tmp_path), split="validation"))
+
+
+def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").touch()
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(DataError, match=r"train.csv and train.jsonl both match train.\*: name one"):
+        list(read_rows(str(tmp_path), split="train"))
+
+
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere", "/no/such/dir", "a/b/c"])
+def test_a_missing_path_is_not_looked_for_on_the_hub(source: str) -> None:
+    with pytest.raises(DataError, match=r"no such file or directory$"):
+        list(read_rows(source, split="train"))
+
+
+def test_a_hub_data_set_that_cannot_be_had_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DataError, match=r"nobody/nothing: .* train split .* cannot be had from the hub: .*"
+    ) as caught:
+        list(read_rows("nobody/nothing", split="train"))
+    assert "\n" not in str(caught.value)
