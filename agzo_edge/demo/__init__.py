@@ -1,0 +1,26 @@
+"""The embedded default of `agzo-edge train`: a tiny model and a voice for it to learn.
+
+The model is a Qwen3 of 2.4 million parameters that has read novels and stories for children; the data
+are questions a child might ask, answered by a pirate. Both are our own: see model/SOURCE.md, and
+`make_model` and `make_data`, which wrote them.
+"""
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+MODEL_DIR = _HERE / "model"
+DATA_DIR = _HERE / "data"
+TRAIN_NAME = "train.jsonl"
+VALID_NAME = "valid.jsonl"
+
+# Held-out questions, answered before and after training.
+PROMPTS = ("Do you like the bird?", "Tell me about the dog.")
+
+
+def demo_settings() -> dict[str, object]:
+    """The settings of the demo's run, by field of RunConfig; the output directory is the caller's."""
+    return {
+        "model": str(MODEL_DIR),
+        "data": str(DATA_DIR / TRAIN_NAME),
+        "eval_data": str(DATA_DIR / VALID_NAME),
+    }
