@@ -1,0 +1,194 @@
+"""A profile of this machine, asked from NVML, nvidia-smi, psutil and the kernel; torch is not needed."""
+
+import csv
+import importlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from agzo_edge.budget.profile import Profile, load_profile, profile_names
+from agzo_edge.units import MIB
+
+CPU_SHARE = 0.8  # of what is available now: the rest absorbs what other programs take while we run
+CONTEXT_ESTIMATE_BYTES = 500 * MIB  # a GPU that no profile knows: the largest of the shipped estimates
+GPU_RESERVE_SHARE = 0.02  # allocations of other programs come and go while we run
+SAME_MEMORY = 0.1  # cards of one name differ by memory (RTX 3060: 8 and 12 GB); NVML rounds a little
+SMI_TIMEOUT_S = 10
+UNLIMITED_BYTES = 2**60  # cgroup v1 writes "no limit" as a number near 2**63
+
+_SMI_FIELDS = "name,memory.total,memory.free,compute_cap"
+
+
+class Gpu(NamedTuple):
+    """What the driver says about the first visible GPU."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    compute_capability: str
+
+
+def machine_profile(name_or_path: str) -> Profile:
+    """The profile that `--profile` means: `auto` is this machine, anything else a name or a file."""
+    return detected_profile() if name_or_path == "auto" else load_profile(name_or_path)
+
+
+def detected_profile() -> Profile:
+    """This machine: its first visible GPU, or its CPU; speeds from a shipped profile of the same card."""
+    gpu = visible_gpu()
+    return cpu_profile() if gpu is None else gpu_profile(gpu, host_bytes=usable_host_bytes())
+
+
+def cpu_profile() -> Profile:
+    """The host alone, limited to a share of the memory that is available now."""
+    shipped = load_profile("cpu")
+    total_bytes = min([psutil.virtual_memory().total, *(limit for limit, _ in cgroup_memory())])
+    budget_bytes = max(usable_host_bytes(), shipped.context_overhead + MIB)
+    memory_bytes = max(total_bytes, budget_bytes + MIB)
+    return Profile(
+        name="auto (cpu)",
+        description=f"this machine: {os.cpu_count()} CPU threads, no CUDA device found",
+        kind="cpu",
+        memory=memory_bytes,
+        reserve=memory_bytes - budget_bytes,
+        context_overhead=shipped.context_overhead,
+        settings=shipped.settings,
+    )
+
+
+def gpu_profile(gpu: Gpu, *, host_bytes: int) -> Profile:
+    """The profile of `gpu`, with what is in use on it now left to those who use it."""
+    known = known_card(gpu)
+    taken_bytes = gpu.memory_bytes - gpu.free_bytes + round(GPU_RESERVE_SHARE * gpu.memory_bytes)
+    overhead_bytes = known.context_overhead if known else CONTEXT_ESTIMATE_BYTES
+    return Profile(
+        name=f"auto ({known.name if known else gpu.name})",
+        description=f"this machine: {gpu.name}",
+        kind="cuda",
+        device_names=(gpu.name,),
+        memory=gpu.memory_bytes,
+        reserve=min(taken_bytes, gpu.memory_bytes - overhead_bytes - MIB),
+        context_overhead=overhead_bytes,
+        host_memory=host_bytes,
+        memory_bandwidth_gb_s=known.memory_bandwidth_gb_s if known else None,
+        pcie_gb_s=known.pcie_gb_s if known else None,
+        compute_capability=gpu.compute_capability,
+        bf16=float(gpu.compute_capability) >= 8.0,
+        settings=known.settings if known else {},
+    )
+
+
+def known_card(gpu: Gpu) -> Profile | None:
+    """The shipped profile with this card's name and, within a tenth, its memory."""
+    for profile in map(load_profile, profile_names()):
+        close = abs(profile.memory - gpu.memory_bytes) <= SAME_MEMORY * gpu.memory_bytes
+        if gpu.name in profile.device_names and close:
+            return profile
+    return None
+
+
+def visible_gpu() -> Gpu | None:
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves to us; None when the driver shows none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return None
+    selected = (visible or "0").split(",")[0].strip()
+    return _ask_nvml(selected) or _ask_smi(selected)
+
+
+def _ask_nvml(selected: str) -> Gpu | None:
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    try:
+        if selected.isdigit():
+            handle = nvml.nvmlDeviceGetHandleByIndex(int(selected))
+        else:
+            handle = nvml.nvmlDeviceGetHandleByUUID(selected)
+        name = nvml.nvmlDeviceGetName(handle)
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        capability = ".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle)))
+        return Gpu(name if isinstance(name, str) else name.decode(), memory.total, memory.free, capability)
+    except nvml.NVMLError:
+        return None
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _ask_smi(selected: str) -> Gpu | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, f"--id={selected}", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return gpu_from_csv(answer.stdout)
+
+
+def gpu_from_csv(text: str) -> Gpu | None:
+    """The GPU in nvidia-smi's first line (name, total and free MiB, compute capability), or None."""
+    for row in csv.reader(text.splitlines(), skipinitialspace=True):
+        if len(row) == 4 and row[1].strip().isdigit() and row[2].strip().isdigit():
+            return Gpu(row[0].strip(), int(row[1]) * MIB, int(row[2]) * MIB, row[3].strip())
+        return None
+    return None
+
+
+def usable_host_bytes() -> int:
+    """The share of the host's memory that a run may take: of what is free, and of what the cgroups leave."""
+    available = [psutil.virtual_memory().available]
+    available += [max(0, limit - used) for limit, used in cgroup_memory()]
+    return int(CPU_SHARE * min(available))
+
+
+def cgroup_memory(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[tuple[int, int]]:
+    """(limit, used) bytes of each control group that bounds this process's memory, version 1 or 2.
+
+    A container sees its own group as the root; outside one, every ancestor of our group counts.
+    """
+    bounds = []
+    for folder in _cgroup_folders(root, own):
+        limit = _number_in(folder / "memory.max", folder / "memory.limit_in_bytes")
+        used = _number_in(folder / "memory.current", folder / "memory.usage_in_bytes")
+        if limit is not None and limit < UNLIMITED_BYTES:
+            bounds.append((limit, used or 0))
+    return bounds
+
+
+def _cgroup_folders(root: Path, own: Path) -> list[Path]:
+    folders = [root, root / "memory"]
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return folders
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base = root / controllers  # version 2 names no controller: the root itself
+        parts = [part for part in path.split("/") if part]
+        folders += [base.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+    return folders
+
+
+def _number_in(*files: Path) -> int | None:
+    """The number in the first of `files` that holds one; "max" is none."""
+    for file in files:
+        try:
+            return int(file.read_text().strip())
+        except (OSError, ValueError):
+            continue
+    return None

@@ -1,0 +1,244 @@
+"""What a plan must know about a model, told from its configuration and its tensors' names and shapes."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agzo_edge.budget.headers import QUANT_STATE, Checkpoint, StoredTensor
+from agzo_edge.budget.hub import open_checkpoint
+from agzo_edge.errors import ModelError, numbered
+
+StoredAs = Literal["dense", "4bit", "4bit-nested", "8bit"]
+
+# Layers that lead back to the model's width: tells (out, in) of a packed weight that comes without a shape.
+_BACK_TO_HIDDEN = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "w2", "wo")
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+_HEADS = ("lm_head", "embed_out")
+_COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
+_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_NOT_TEXT = re.compile(r"vision|visual|audio|multi_modal|\.experts\.")
+_IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")
+_WRITTEN_OUT = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")  # temporaries instead of one kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """A causal language model by its sizes."""
+
+    source: str
+    model_type: str
+    tensors: Mapping[str, StoredTensor]
+    linears: Mapping[str, tuple[int, int]]  # adaptable layers inside the blocks: (out_features, in_features)
+    stored_as: StoredAs  # how the checkpoint holds them
+    embedding_entries: int
+    head_entries: int  # 0 when the head is tied to the embeddings
+    other_entries: int  # norms, biases, positions, and what is not adapted
+    vocab_size: int
+    hidden_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    mlp_style: Literal["plain", "gated", "fused gate", "written out"]
+    keeps_scores: bool  # attention keeps its (tokens, tokens) scores: no fused kernel knows a soft cap
+
+    @property
+    def tied(self) -> bool:
+        """Whether embeddings and head are one tensor."""
+        return self.head_entries == 0
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights in all, the tied head counted once."""
+        linear = sum(out * inp for out, inp in self.linears.values())
+        return linear + self.embedding_entries + self.head_entries + self.other_entries
+
+    @property
+    def largest_stored_bytes(self) -> int:
+        """The largest tensor of the files."""
+        return max(tensor.n_bytes for tensor in self.tensors.values())
+
+    def targets(self, wanted: Sequence[str] | None) -> dict[str, tuple[int, int]]:
+        """The layers to train: those whose path ends in one of `wanted`, all when None."""
+        if not wanted:
+            return dict(self.linears)
+        suffixes = tuple(f".{suffix}" for suffix in wanted)
+        chosen = {name: shape for name, shape in self.linears.items() if f".{name}".endswith(suffixes)}
+        if not chosen:
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in self.linears})
+            raise ModelError(
+                f"{self.source}: no layer matches {', '.join(wanted)}; there are {', '.join(kinds)}"
+            )
+        return chosen
+
+
+def model_facts(source: str) -> ModelFacts:
+    """The facts of the model at `source`, a directory or a hub id; reads headers only.
+
+    Raises ModelError when there is no such model, or it is no causal language model of a known form.
+    """
+    return facts_of(open_checkpoint(source))
+
+
+def facts_of(checkpoint: Checkpoint) -> ModelFacts:
+    """The facts that a checkpoint's headers hold. Raises ModelError for what is no causal language model."""
+    source, config = checkpoint.source, _text_config(checkpoint)
+    hidden = _size(config, source, "hidden_size", "n_embd", "d_model")
+    n_heads = _size(config, source, "num_attention_heads", "n_head")
+    linears = _linear_layers(checkpoint, hidden=hidden)
+    if not linears:
+        raise ModelError(f"{source}: no linear layer inside its blocks: nothing that AGZO could train")
+    tied = bool(config.get("tie_word_embeddings", False))
+    parts = _rest_by_kind(checkpoint, linears, tied=tied)
+    return ModelFacts(
+        source=source,
+        model_type=str(config.get("model_type", "")),
+        tensors=checkpoint.tensors,
+        linears=linears,
+        stored_as=_stored_as(checkpoint, linears),
+        embedding_entries=parts["embeddings"],
+        head_entries=parts["head"],
+        other_entries=parts["other"],
+        vocab_size=_size(config, source, "vocab_size"),
+        hidden_size=hidden,
+        n_layers=_size(config, source, "num_hidden_layers", "n_layer", "num_layers"),
+        n_heads=n_heads,
+        n_kv_heads=config.get("num_key_value_heads") or n_heads,
+        head_dim=config.get("head_dim") or hidden // n_heads,
+        mlp_width=_mlp_width(config, linears),
+        mlp_style=_mlp_style(config, linears),
+        keeps_scores=bool(config.get("attn_logit_softcapping")),
+    )
+
+
+def input_groups(linears: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """The width of each input that layers share (q, k, v; gate, up), by the first layer's name.
+
+    Guessed from names, as no forward can be watched before the weights are here.
+    """
+    groups: dict[tuple[str, str], tuple[str, int]] = {}
+    for name, (_, in_features) in linears.items():
+        parent, _, leaf = name.rpartition(".")
+        kind = next((kinds[0] for kinds in _SHARED_INPUTS if leaf in kinds), leaf)
+        groups.setdefault((parent, kind), (name, in_features))
+    return dict(groups.values())
+
+
+def _text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The language model's part of config.json. Raises ModelError unless it is a causal language model."""
+    config = checkpoint.config
+    architectures = config.get("architectures") or []
+    nested = config.get("text_config")
+    causal = ("ForCausalLM", "LMHeadModel", *(("ForConditionalGeneration",) if nested else ()))
+    faults = []
+    if architectures and not any(str(name).endswith(causal) for name in architectures):
+        faults.append(f"its architecture is {', '.join(map(str, architectures))}")
+    if config.get("is_encoder_decoder"):
+        faults.append("it is an encoder and a decoder")
+    if faults:
+        raise ModelError(f"{checkpoint.source}: not a causal language model: {'; '.join(faults)}")
+    return {**config, **nested} if isinstance(nested, dict) else config
+
+
+def _size(config: Mapping[str, Any], source: str, *names: str) -> int:
+    """The first of `names` that config.json gives. Raises ModelError when none is a positive number."""
+    value = next((config[name] for name in names if config.get(name) is not None), None)
+    if type(value) is not int or value <= 0:
+        raise ModelError(
+            f"{source}: not a causal language model: config.json gives {' or '.join(names)} as {value!r}"
+        )
+    return value
+
+
+def _linear_layers(checkpoint: Checkpoint, *, hidden: int) -> dict[str, tuple[int, int]]:
+    """Each linear layer inside a numbered block, with (out_features, in_features) of the unpacked weight."""
+    linears = {}
+    faults = []
+    for name, tensor in checkpoint.tensors.items():
+        layer = name.removesuffix(".weight")
+        if layer == name or len(tensor.shape) != 2 or not _IN_BLOCK.search(name) or _NOT_TEXT.search(name):
+            continue
+        shape = (tensor.shape[0], tensor.shape[1])
+        if f"{name}.absmax" in checkpoint.tensors:
+            shape = checkpoint.true_shapes.get(name) or _unpacked_shape(
+                layer, 2 * tensor.n_bytes, hidden=hidden
+            )
+            if (shape[0] * shape[1] + 1) // 2 != tensor.n_bytes:
+                faults.append(
+                    f"{name}: {tensor.n_bytes} bytes are not {shape[0]} x {shape[1]} weights of 4 bit"
+                )
+        elif _is_conv1d(checkpoint):
+            # Stored (in, out); once quantized it is an ordinary layer.
+            shape = (tensor.shape[1], tensor.shape[0])
+        linears[layer] = shape
+    if faults:
+        raise ModelError(f"{checkpoint.source}: broken checkpoint:\n{numbered(faults)}")
+    return linears
+
+
+def _is_conv1d(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.get("model_type") in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+
+
+def _unpacked_shape(layer: str, n_weights: int, *, hidden: int) -> tuple[int, int]:
+    """(out, in) of a packed weight whose quant_state was not read: one side is the model's width."""
+    other = n_weights // hidden
+    return (hidden, other) if layer.rsplit(".", 1)[-1] in _BACK_TO_HIDDEN else (other, hidden)
+
+
+def _stored_as(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]]) -> StoredAs:
+    """How the checkpoint holds its layers; one packed layer tells for all."""
+    names = checkpoint.tensors.keys()
+    if any(f"{layer}.weight.nested_absmax" in names for layer in linears):
+        return "4bit-nested"
+    if any(f"{layer}.weight.absmax" in names for layer in linears):
+        return "4bit"
+    if any(f"{layer}.SCB" in names for layer in linears):
+        return "8bit"
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, "bitsandbytes"):
+        raise ModelError(
+            f"{checkpoint.source}: quantized with {method}, which is not read: use the unquantized model, "
+            "and it is quantized while it is loaded"
+        )
+    return "dense"
+
+
+def _rest_by_kind(checkpoint: Checkpoint, linears: Mapping[str, Any], *, tied: bool) -> dict[str, int]:
+    """Entries of all tensors that are no adaptable layer: embeddings, head, other."""
+    entries = {"embeddings": 0, "head": 0, "other": 0}
+    for name, tensor in checkpoint.tensors.items():
+        layer, _, part = name.rpartition(".")
+        if (part == "weight" and layer in linears) or part in ("SCB", "weight_format") or _is_companion(name):
+            continue
+        leaf = layer.rsplit(".", 1)[-1]
+        if leaf in _HEADS and part == "weight":
+            entries["head"] += 0 if tied else tensor.n_entries
+        else:
+            entries["embeddings" if leaf in _EMBEDDINGS else "other"] += tensor.n_entries
+    return entries
+
+
+def _is_companion(name: str) -> bool:
+    """Whether a tensor holds another one's scales or code book."""
+    return ".weight." in name and any(mark in name for mark in _COMPANIONS)
+
+
+def _mlp_width(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> int:
+    given = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim")
+    return given if type(given) is int else max(max(shape) for shape in linears.values())
+
+
+def _mlp_style(
+    config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]
+) -> Literal["plain", "gated", "fused gate", "written out"]:
+    """What the MLP does between its layers; it decides how many of its wide tensors live at once."""
+    leaves = {name.rsplit(".", 1)[-1] for name in linears}
+    if "gate_up_proj" in leaves:
+        return "fused gate"
+    if leaves & {"gate_proj", "w1"}:
+        return "gated"
+    activation = config.get("hidden_act") or config.get("activation_function")
+    return "written out" if activation in _WRITTEN_OUT else "plain"

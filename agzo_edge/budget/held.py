@@ -1,0 +1,124 @@
+"""Bytes that a run holds from its first step to its last: the model, what is learned, and the files."""
+
+from collections.abc import Iterator
+
+from agzo_edge.budget.facts import StoredAs, input_groups
+from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job
+
+BLOCK_4BIT = 64  # weights that share a scale: bitsandbytes' default
+BLOCK_NESTED = 256  # scales that share a scale of their own
+CODE_BOOKS_BYTES = 16 * 4 + 256 * 4  # of one nested 4-bit layer: the weights' code, and the scales'
+MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "sign": 0}  # of the optimizer, each the size of C
+JOURNAL_LINE_BYTES = 300  # a step's line without its gradients
+JOURNAL_EXAMPLE_BYTES = 24  # a projected gradient and its weight, as text
+
+
+def held_components(job: Job) -> Iterator[Component]:
+    """What stays on the device that computes."""
+    yield frozen_layers(job)
+    yield embeddings(job)
+    yield accumulated_adapter(job)
+    yield window(job)
+    yield Component("context", job.profile.context_overhead, "device", "libraries, before the first tensor")
+
+
+def layer_bytes(shape: tuple[int, int], stored_as: StoredAs, *, value_bytes: int) -> int:
+    """Bytes of one frozen layer's weight of `shape` (out, in).
+
+    4bit: n/2 + 4 for each block of 64 weights. 4bit-nested: n/2 + 1 for each block, 4 for each 256 blocks,
+    and the code books. 8bit: n + 4 out. dense: n times the compute dtype's bytes.
+    """
+    n_weights = shape[0] * shape[1]
+    n_blocks = -(-n_weights // BLOCK_4BIT)
+    packed_bytes = -(-n_weights // 2)
+    if stored_as == "4bit":
+        return packed_bytes + FLOAT32_BYTES * n_blocks
+    if stored_as == "4bit-nested":
+        return packed_bytes + n_blocks + FLOAT32_BYTES * -(-n_blocks // BLOCK_NESTED) + CODE_BOOKS_BYTES
+    if stored_as == "8bit":
+        return n_weights + FLOAT32_BYTES * shape[0]
+    return n_weights * value_bytes
+
+
+def frozen_layers(job: Job) -> Component:
+    """The linear layers as they are held; target = dequantized opens those that it trains.
+
+    On a CPU, tensors that need no conversion stay mapped from their file, and the kernel may drop their
+    pages. They are counted all the same: each step reads them, and a run that waits for the disk is none.
+    """
+    opened = job.targets if job.config.target == "dequantized" else {}
+    n_bytes = sum(
+        layer_bytes(shape, "dense" if name in opened else job.stored_as, value_bytes=job.value_bytes)
+        for name, shape in job.facts.linears.items()
+    )
+    n_weights = sum(out * inp for out, inp in job.facts.linears.values())
+    rule = {
+        "4bit": "1/2 B + 4 B for each block of 64",
+        "4bit-nested": "1/2 B + 1 B for each block of 64 + 4 B for each 256 blocks",
+        "8bit": "1 B + 4 B for each output",
+        "dense": f"{job.value_bytes} B",
+    }[job.stored_as]
+    formula = f"{n_weights:,} weights in {len(job.facts.linears)} layers x {rule}"
+    if opened:
+        formula += f"; {len(opened)} layers held open at {job.value_bytes} B"
+    return Component("weights", n_bytes, "device", formula)
+
+
+def embeddings(job: Job) -> Component:
+    """Embeddings, head, norms, biases and all else, in the compute dtype; a tied head counts once."""
+    facts = job.facts
+    n_entries = facts.embedding_entries + facts.head_entries + facts.other_entries
+    head = "tied head" if facts.tied else "head"
+    formula = f"{n_entries:,} numbers (embeddings, {head}, norms, biases) x {job.value_bytes} B"
+    return Component("embeddings", n_entries * job.value_bytes, "device", formula)
+
+
+def accumulated_adapter(job: Job) -> Component:
+    """Each layer's folded windows in float32, and their copy in the compute dtype for the forward.
+
+    The sum grows by `rank` a window and is compressed when it passes twice `adapter_rank`; the forward's
+    copy has the present window beside it. Bytes: (out + in) (folded 4 + (folded + rank) b).
+    """
+    config = job.config
+    folded = min(2 * config.adapter_rank, (job.n_windows - 1) * config.rank)
+    if config.adapter is not None:
+        folded = 2 * config.adapter_rank
+    width = sum(out + inp for out, inp in job.targets.values())
+    n_bytes = width * (folded * FLOAT32_BYTES + (folded + config.rank) * job.value_bytes)
+    formula = (
+        f"(out + in) of {len(job.targets)} layers = {width:,} x ({folded} x 4 B + {folded + config.rank} x "
+        f"{job.value_bytes} B)"
+    )
+    return Component("adapter", n_bytes, "device", formula)
+
+
+def window(job: Job) -> Component:
+    """The present window in float32: each input's basis and the last window's, coefficients and moments."""
+    rank = job.config.rank
+    bases = 2 * basis_entries(job)
+    n_moments = MOMENTS[job.config.optimizer]
+    coefficients = (1 + n_moments) * sum(out * min(rank, inp) for out, inp in job.targets.values())
+    formula = (
+        f"rank {rank} x 4 B x (2 bases of each input, coefficients and {n_moments} moments of each layer)"
+    )
+    return Component("window", (bases + coefficients) * FLOAT32_BYTES, "device", formula)
+
+
+def basis_entries(job: Job) -> int:
+    """Numbers in one window's bases: layers with the same input share one."""
+    return sum(width * min(job.config.rank, width) for width in input_groups(job.targets).values())
+
+
+def disk_components(job: Job) -> Iterator[Component]:
+    """What the run directory will hold at its end."""
+    config = job.config
+    width = sum(out + inp for out, inp in job.targets.values())
+    adapter_bytes = width * config.adapter_rank * FLOAT32_BYTES
+    n_snapshots = config.max_steps // config.save_steps if config.save_steps else 0
+    line_bytes = JOURNAL_LINE_BYTES + JOURNAL_EXAMPLE_BYTES * config.batch_size
+    bases_bytes = job.n_windows * basis_entries(job) * FLOAT32_BYTES
+    adapter_rule = f"(out + in) {width:,} x rank {config.adapter_rank} x 4 B"
+    yield Component("adapter", adapter_bytes, "disk", adapter_rule)
+    yield Component("snapshots", n_snapshots * adapter_bytes, "disk", f"{n_snapshots} adapters, all kept")
+    yield Component("journal", config.max_steps * line_bytes, "disk", f"{config.max_steps} x {line_bytes} B")
+    yield Component("bases", bases_bytes, "disk", f"{job.n_windows} windows x {basis_entries(job):,} x 4 B")

@@ -1,0 +1,161 @@
+"""From a prediction to a decision: does the run fit, what would make it fit, and the refusal."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from agzo_edge.budget.facts import ModelFacts
+from agzo_edge.budget.memory import Change, MemoryPlan, computes_on_cpu, predicted_memory
+from agzo_edge.budget.profile import Profile
+from agzo_edge.config import RunConfig
+from agzo_edge.errors import BudgetError, numbered
+from agzo_edge.units import format_bytes
+
+SHORTEST_ROW_TOKENS = 64  # shorter rows are no advice
+SMALLEST_ADAPTER_RANK = 4
+N_CHANGES = 3
+N_LARGEST = 4  # components named in a refusal
+
+_Predict = Callable[[RunConfig], MemoryPlan]
+_Variant = tuple[str, RunConfig]  # flags, and the settings with them
+
+
+class FittedRun(NamedTuple):
+    """A run that fits, and what was changed for it."""
+
+    config: RunConfig
+    plan: MemoryPlan
+    notes: tuple[str, ...]
+
+
+def memory_plan(
+    facts: ModelFacts,
+    config: RunConfig,
+    profile: Profile,
+    *,
+    rows_per_example: int = 1,  # 1 for lm; the most options of an example for choice
+    longest_tokens: int | None = None,  # of the data, where it is known; max_seq_length otherwise
+) -> MemoryPlan:
+    """The plan of the run that `config` describes on `profile`'s machine, with what would save memory.
+
+    Raises ModelError when target_modules matches no layer.
+    """
+    predict = partial(
+        _predicted, facts, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens
+    )
+    plan = predict(config)
+    return replace(plan, changes=_changes(plan, _cheaper(config, facts, profile), predict))
+
+
+def require_fits(plan: MemoryPlan) -> None:
+    """Return only when the plan fits. Raises BudgetError with the need, the limit, and what to try."""
+    if plan.fits:
+        return
+    where, limit_bytes = "device", plan.limit_bytes
+    if plan.headroom_bytes >= 0 and plan.host_limit_bytes is not None:
+        where, limit_bytes = "host", plan.host_limit_bytes
+    parts = sorted((part for part in plan.components if part.where == where), key=lambda part: -part.n_bytes)
+    need_bytes = sum(part.n_bytes for part in parts)
+    largest = [f"{part.name} {format_bytes(part.n_bytes)}: {part.formula}" for part in parts[:N_LARGEST]]
+    offered = [change for change in plan.changes if change.fits] or plan.changes
+    advice = [f"{change.flags} (saves {format_bytes(change.saved_bytes)})" for change in offered]
+    remedy = "Each of these makes it fit:"
+    if not any(change.fits for change in plan.changes):
+        remedy = "No single setting makes it fit: combine some, or take a smaller model. What saves most:"
+    raise BudgetError(
+        f"the run needs {format_bytes(need_bytes)} of {where} memory, and profile '{plan.profile_name}' "
+        f"with its limits allows {format_bytes(limit_bytes)}. The largest parts:\n"
+        f"{numbered(largest)}\n{remedy}\n{numbered(advice)}"
+    )
+
+
+def fitted_run(
+    facts: ModelFacts,
+    config: RunConfig,
+    profile: Profile,
+    *,
+    rows_per_example: int = 1,
+    longest_tokens: int | None = None,
+) -> FittedRun:
+    """The run with the largest micro-batch that fits; with on_overflow = fail, the run as it is or none.
+
+    Micro-batches give the same estimate as one batch: only speed is lost.
+    Raises BudgetError, with the numbers of the run as asked for, when no micro-batch fits.
+    """
+    plan_of = partial(memory_plan, facts, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
+    asked = plan_of(config, profile)
+    if asked.fits:
+        return FittedRun(config, asked, ())
+    sizes = _halvings(config.micro_batch_size or config.batch_size, at_least=1)
+    for size in sizes if config.on_overflow == "shrink" else ():
+        smaller = config.model_copy(update={"micro_batch_size": size})
+        plan = plan_of(smaller, profile)
+        if plan.fits:
+            note = (
+                f"micro-batches of {size}: the run as asked for needs {format_bytes(asked.device_bytes)}, "
+                f"{format_bytes(asked.limit_bytes)} are allowed, and so it takes "
+                f"{format_bytes(plan.device_bytes)}"
+            )
+            return FittedRun(smaller, plan, (note,))
+    require_fits(asked)
+    raise AssertionError("a plan that does not fit was let through")
+
+
+def _predicted(facts: ModelFacts, profile: Profile, config: RunConfig, **rows: Any) -> MemoryPlan:
+    return predicted_memory(facts, config, profile, **rows)
+
+
+def _changes(plan: MemoryPlan, kinds: Iterator[list[_Variant]], predict: _Predict) -> tuple[Change, ...]:
+    """Up to three changes: the cheapest that make the plan fit, then those that save most.
+
+    Of each kind the mildest that makes it fit is taken, or the strongest when none does.
+    """
+    fitting: list[Change] = []
+    saving: list[Change] = []
+    for variants in kinds:
+        tried = [(flags, predict(config)) for flags, config in variants]
+        flags, best = next((pair for pair in tried if pair[1].fits), tried[-1] if tried else ("", plan))
+        saved_bytes = plan.device_bytes - best.device_bytes
+        if saved_bytes > 0:
+            (fitting if best.fits else saving).append(Change(flags, saved_bytes, best.fits))
+    saving.sort(key=lambda change: -change.saved_bytes)
+    return tuple((fitting + saving)[:N_CHANGES])
+
+
+def _cheaper(config: RunConfig, facts: ModelFacts, profile: Profile) -> Iterator[list[_Variant]]:
+    """Changes that save memory, the kind that costs least first; of each kind the mildest first."""
+    micro = config.micro_batch_size or config.batch_size
+    yield [_changed(config, micro_batch_size=size) for size in _halvings(micro, at_least=1)]
+    quantizable = facts.stored_as == "dense"
+    if quantizable and not config.load_in_4bit:
+        yield [_changed(config, load_in_4bit=True, load_in_8bit=False)]
+    if quantizable and config.load_in_4bit and not config.double_quant:
+        yield [_changed(config, double_quant=True)]
+    if config.target == "dequantized":
+        yield [_changed(config, target="adapter")]
+    if config.difference == "exact":
+        yield [_changed(config, difference="central")]
+    if config.dtype == "float32" and not computes_on_cpu(config, profile):
+        yield [_changed(config, dtype="auto")]
+    lengths = _halvings(config.max_seq_length, at_least=SHORTEST_ROW_TOKENS)
+    yield [_changed(config, max_seq_length=length) for length in lengths]
+    ranks = _halvings(config.adapter_rank, at_least=SMALLEST_ADAPTER_RANK)
+    yield [_changed(config, adapter_rank=rank) for rank in ranks]
+
+
+def _halvings(size: int, *, at_least: int) -> Iterator[int]:
+    """size/2, size/4, ... down to `at_least`."""
+    while size // 2 >= at_least:
+        size //= 2
+        yield size
+
+
+def _changed(config: RunConfig, **update: Any) -> _Variant:
+    """The flags that make the change, and the settings after it."""
+    flags = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in update.items()
+        if value is not False
+    ]
+    return " ".join(flags), config.model_copy(update=update)

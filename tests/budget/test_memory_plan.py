@@ -1,0 +1,221 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from checkpoints import llama_facts
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agzo_edge.budget import working
+from agzo_edge.budget.held import layer_bytes
+from agzo_edge.budget.memory import MemoryPlan, predicted_memory
+from agzo_edge.budget.plan import fitted_run, memory_plan, require_fits
+from agzo_edge.budget.profile import load_profile
+from agzo_edge.config import RunConfig, config_from
+from agzo_edge.errors import BudgetError, ConfigError, ModelError
+from agzo_edge.units import GIB, MIB
+
+FACTS = llama_facts()
+WIDE = llama_facts(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16, vocab_size=32_000
+)
+CPU, GPU, OLD_GPU = load_profile("cpu"), load_profile("rtx-3060-12gb"), load_profile("t4-16gb")
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> RunConfig:
+    """Any run whose settings change the plan."""
+    bits = draw(st.sampled_from([4, 8, 16]))
+    return config_from({
+        "batch_size": draw(st.integers(1, 64)),
+        "max_seq_length": draw(st.integers(2, 4096)),
+        "rank": draw(st.integers(1, 64)),
+        "adapter_rank": draw(st.integers(1, 128)),
+        "refresh_every": draw(st.integers(0, 50)),
+        "load_in_4bit": bits == 4,
+        "load_in_8bit": bits == 8,
+        "double_quant": draw(st.booleans()),
+        "target": draw(st.sampled_from(["adapter", "dequantized"])),
+        "difference": draw(st.sampled_from(["central", "forward", "exact"])),
+        "directions": draw(st.sampled_from(["example", "shared"])),
+        "noise": draw(st.sampled_from(["sign", "gaussian"])),
+        "optimizer": draw(st.sampled_from(["sgd", "momentum", "adam", "sign"])),
+    })  # fmt: skip
+
+
+def component(plan: MemoryPlan, name: str, where: str = "device") -> int:
+    return next(part.n_bytes for part in plan.components if (part.name, part.where) == (name, where))
+
+
+@given(config=configs(), profile=st.sampled_from([CPU, GPU, OLD_GPU]))
+def test_no_component_is_ever_negative_and_the_plan_is_json(config: RunConfig, profile: Any) -> None:
+    plan = memory_plan(FACTS, config, profile)
+    assert all(part.n_bytes >= 0 for part in plan.components)
+    assert all(change.saved_bytes > 0 for change in plan.changes)
+    assert len(plan.changes) <= 3
+    assert json.loads(json.dumps(plan.to_dict()))["device_bytes"] == plan.device_bytes
+
+
+@given(config=configs(), profile=st.sampled_from([CPU, GPU]), more=st.integers(1, 40))
+@pytest.mark.parametrize("field", ["batch_size", "max_seq_length", "rank", "adapter_rank"])
+def test_more_of_a_setting_never_needs_less_memory(
+    field: str, config: RunConfig, profile: Any, more: int
+) -> None:
+    larger = config.model_copy(update={field: getattr(config, field) + more})
+    assert (
+        predicted_memory(FACTS, larger, profile).device_bytes
+        >= predicted_memory(FACTS, config, profile).device_bytes
+    )
+
+
+@given(config=configs(), size=st.integers(1, 64))
+def test_a_micro_batch_never_needs_more_than_the_batch(config: RunConfig, size: int) -> None:
+    smaller = config.model_copy(update={"micro_batch_size": min(size, config.batch_size)})
+    assert (
+        predicted_memory(FACTS, smaller, CPU).device_bytes
+        <= predicted_memory(FACTS, config, CPU).device_bytes
+    )
+
+
+def test_fewer_bits_need_fewer_bytes() -> None:
+    sizes = [
+        layer_bytes((512, 512), form, value_bytes=2) for form in ("4bit-nested", "4bit", "8bit", "dense")
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[1] == 512 * 512 // 2 + 4 * 512 * 512 // 64
+    assert sizes[2] == 512 * 512 + 4 * 512
+
+
+def test_an_exact_difference_needs_more_than_a_central_one() -> None:
+    central, exact = (
+        predicted_memory(WIDE, config_from({"difference": d}), CPU) for d in ("central", "exact")
+    )
+    assert component(exact, "activations") > component(central, "activations")
+    assert component(exact, "logits chunk") == 2 * component(central, "logits chunk")
+
+
+def test_options_of_a_choice_are_rows() -> None:
+    one, four = (memory_plan(FACTS, config_from({}), CPU, rows_per_example=n) for n in (1, 4))
+    assert four.rows == 4 * one.rows
+    assert component(four, "activations") == 4 * component(one, "activations")
+
+
+def test_the_data_s_longest_row_counts_and_not_what_was_allowed() -> None:
+    short = memory_plan(FACTS, config_from({"max_seq_length": 1024}), CPU, longest_tokens=100)
+    assert short.row_tokens == 100
+
+
+def test_a_tied_head_saves_its_embeddings() -> None:
+    tied = llama_facts(tie_word_embeddings=True)
+    saved = component(memory_plan(FACTS, config_from({}), CPU), "embeddings") - component(
+        memory_plan(tied, config_from({}), CPU), "embeddings"
+    )
+    assert saved == FACTS.vocab_size * FACTS.hidden_size * 4
+
+
+@pytest.mark.parametrize(
+    ("profile", "settings", "dtype"),
+    [
+        (CPU, {}, "float32"),
+        (GPU, {}, "bfloat16"),
+        (OLD_GPU, {}, "float16"),
+        (GPU, {"dtype": "float32"}, "float32"),
+        (GPU, {"device": "cpu"}, "float32"),
+    ],
+)
+def test_the_compute_dtype_follows_the_machine_unless_it_is_given(
+    profile: Any, settings: Any, dtype: str
+) -> None:
+    assert memory_plan(FACTS, config_from(settings), profile).dtype == dtype
+
+
+def test_limits_from_flags_win_over_the_profile() -> None:
+    assert memory_plan(FACTS, config_from({"vram_limit": "6GiB"}), GPU).limit_bytes == 6 * GIB
+    assert memory_plan(FACTS, config_from({"ram_limit": "5GiB"}), CPU).limit_bytes == 5 * GIB
+    assert memory_plan(FACTS, config_from({}), GPU).limit_bytes == GPU.budget_bytes
+
+
+def test_a_limit_without_a_unit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no unit"):
+        config_from({"vram_limit": "6"})
+
+
+def test_a_refusal_names_need_limit_parts_and_what_to_try() -> None:
+    config = config_from({"vram_limit": "1GiB", "max_seq_length": 4096, "on_overflow": "fail"})
+    plan = memory_plan(WIDE, config, GPU)
+    assert not plan.fits
+    with pytest.raises(
+        BudgetError, match=r"(?s)allows 1\.00 GiB.*activations.*makes it fit:.*--max-seq-length \d+ \(saves"
+    ):
+        require_fits(plan)
+    with pytest.raises(BudgetError):
+        fitted_run(WIDE, config, GPU)
+
+
+def test_the_first_change_offered_makes_the_plan_fit() -> None:
+    config = config_from({"vram_limit": "1GiB", "max_seq_length": 1024})
+    plan = memory_plan(WIDE, config, GPU)
+    assert not plan.fits
+    flag, value = plan.changes[0].flags.removeprefix("--").split()
+    changed = config.model_copy(update={flag.replace("-", "_"): int(value)})
+    after = memory_plan(WIDE, changed, GPU)
+    assert after.fits
+    assert plan.device_bytes - after.device_bytes == plan.changes[0].saved_bytes
+
+
+def test_shrinking_takes_the_largest_micro_batch_that_fits_and_says_so() -> None:
+    config = config_from({"vram_limit": "1GiB", "max_seq_length": 1024, "batch_size": 16})
+    fitted = fitted_run(WIDE, config, GPU)
+    size = fitted.config.micro_batch_size
+    assert size is not None
+    assert fitted.plan.fits
+    assert f"micro-batches of {size}" in fitted.notes[0]
+    twice = config.model_copy(update={"micro_batch_size": 2 * size})
+    assert not memory_plan(WIDE, twice, GPU).fits
+
+
+def test_a_run_that_fits_is_left_as_it_is() -> None:
+    config = config_from({})
+    assert fitted_run(FACTS, config, GPU)[::2] == (config, ())
+
+
+def test_weights_above_the_limit_are_refused_whatever_the_micro_batch() -> None:
+    with pytest.raises(BudgetError, match=r"(?s)device memory.*No single setting makes it fit"):
+        fitted_run(WIDE, config_from({"vram_limit": "100MiB"}), GPU)
+
+
+def test_a_host_too_small_for_the_loader_is_refused_as_host() -> None:
+    plan = memory_plan(WIDE, config_from({"ram_limit": "1MiB"}), GPU)
+    assert not plan.fits
+    with pytest.raises(BudgetError, match="host memory"):
+        require_fits(plan)
+
+
+def test_target_modules_shrink_what_is_learned_and_a_wrong_name_is_refused() -> None:
+    all_layers = memory_plan(FACTS, config_from({}), CPU)
+    two = memory_plan(FACTS, config_from({"target_modules": ("q_proj", "v_proj")}), CPU)
+    assert component(two, "adapter") < component(all_layers, "adapter")
+    assert component(two, "weights") == component(all_layers, "weights")
+    with pytest.raises(ModelError, match="no layer matches proj_q; there are down_proj"):
+        memory_plan(FACTS, config_from({"target_modules": ("proj_q",)}), CPU)
+
+
+def test_a_checkpoint_saved_in_4_bit_is_planned_so_whatever_the_flags_say() -> None:
+    packed = replace(FACTS, stored_as="4bit")
+    dense = config_from({"load_in_4bit": False})
+    assert component(memory_plan(packed, dense, CPU), "weights") < component(
+        memory_plan(FACTS, dense, CPU), "weights"
+    )
+
+
+def test_the_plan_and_the_loss_agree_on_the_logits_chunk() -> None:
+    loss = pytest.importorskip("agzo_edge.numerics.loss")
+    assert working.LOGITS_CHUNK_BYTES == loss.LOGITS_CHUNK_BYTES == 64 * MIB
+
+
+def test_planning_imports_no_torch() -> None:
+    script = "import sys, agzo_edge.budget.plan, agzo_edge.budget.detect; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
