@@ -1,0 +1,1 @@
+"""Using the result: generating, exporting, reporting."""

@@ -1,0 +1,97 @@
+"""Text from a model with its adapter."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from agzo_edge.errors import ModelError
+from agzo_edge.model.runtime import EdgeModel
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+class TextModel:
+    """A quantized model with its adapter, ready to write."""
+
+    def __init__(self, model: EdgeModel) -> None:
+        self.model = model
+
+    def generate(self, prompt: str | Sequence[Message], *, sampling: Sampling | None = None) -> str:
+        """The text that follows `prompt`: plain text, or a conversation for the tokenizer's chat template.
+
+        A model with a chat template answers a plain prompt as a user's message. Raises ModelError for a
+        conversation without a template, and for a prompt longer than the model's positions.
+        """
+        sampling = sampling or Sampling()
+        ids = self._prompt_ids(prompt)
+        self._check_length(ids.shape[1], sampling)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sampling.seed)  # transformers samples from the global generator only
+            output = self.model.network.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), **self._settings(sampling)
+            )
+        text: str = self.model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        return text.strip()
+
+    def _prompt_ids(self, prompt: str | Sequence[Message]) -> torch.Tensor:  # (1, tokens)
+        tokenizer = self.model.tokenizer
+        if tokenizer.chat_template is None:
+            if not isinstance(prompt, str):
+                raise ModelError(
+                    f"{self.model.source}: the tokenizer has no chat template: give a plain prompt"
+                )
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+        else:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ).input_ids
+        if ids.shape[1] == 0:
+            raise ModelError(
+                "the prompt is empty, and the tokenizer adds nothing to it: write at least a word"
+            )
+        return ids.to(self.model.device)
+
+    def _check_length(self, prompt_tokens: int, sampling: Sampling) -> None:
+        positions = getattr(self.model.network.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and prompt_tokens + sampling.max_new_tokens > positions:
+            raise ModelError(
+                f"the prompt has {prompt_tokens} tokens, and with --max-new-tokens {sampling.max_new_tokens} passes "
+                f"the model's {positions} positions: shorten the prompt, or ask for fewer new tokens"
+            )
+
+    def _settings(self, sampling: Sampling) -> dict[str, object]:
+        settings: dict[str, object] = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "do_sample": sampling.temperature > 0,
+            "repetition_penalty": sampling.repetition_penalty,
+            "pad_token_id": self.model.tokenizer.pad_token_id or self.model.tokenizer.eos_token_id,
+        }
+        if sampling.temperature > 0:
+            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        ends = {self.model.tokenizer.eos_token_id, self._turn_end()} - {None}
+        return settings | ({"eos_token_id": sorted(ends)} if ends else {})
+
+    def _turn_end(self) -> int | None:
+        """The token that ends a turn of the chat template, where that is not the end of the text."""
+        known = self.model.tokenizer.get_added_vocab()
+        return next(
+            (
+                known[token]
+                for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+                if token in known
+            ),
+            None,
+        )

@@ -1,0 +1,155 @@
+"""A full checkpoint with the adapter added to its weights, one tensor in memory at a time."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agzo_edge.errors import ModelError, numbered
+from agzo_edge.record.adapter import LowRankPair
+from agzo_edge.serve.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    TOKENIZER_NAMES,
+    WEIGHTS_NAME,
+    Checkpoint,
+    LinearShape,
+    linear_shapes,
+    refuse_misfits,
+    weight_files,
+)
+from agzo_edge.serve.dequantized import dequantized_tensors, original_dtype
+from agzo_edge.serve.tensor_file import FLOATS, LazyTensor, lazy_tensors, stored_as, write_tensor_file
+
+_SUMMANDS = (*FLOATS.values(), torch.float64)
+_COPIED = ("generation_config.json", *TOKENIZER_NAMES)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merged checkpoint that is yet to be written."""
+
+    checkpoint: Checkpoint
+    shards: Mapping[str, Sequence[LazyTensor]]  # by file name
+    dtype: str | None  # what every floating tensor is stored as; None keeps the checkpoint's
+
+
+def planned_merge(checkpoint: Checkpoint, pairs: Mapping[str, LowRankPair], *, dtype: str | None) -> Merge:
+    """The checkpoint with b @ a added to its layers, in float32 and rounded once; nothing is computed yet.
+
+    A checkpoint in 16 or 32 bit is read from its own files. One saved by bitsandbytes is loaded as it is
+    and dequantized layer by layer. Raises AdapterError when the adapter does not fit, ModelError when the
+    weights cannot be read or are quantized in another way.
+    """
+    shapes = linear_shapes(checkpoint)
+    refuse_misfits(pairs, shapes, source=checkpoint.source)
+    shards: Mapping[str, Sequence[LazyTensor]]
+    if quantization := checkpoint.fields.get("quantization_config"):
+        dtype = dtype or original_dtype(checkpoint, quantization)
+        shards = {WEIGHTS_NAME: dequantized_tensors(checkpoint)}
+    else:
+        shards = {path.name: lazy_tensors(path) for path in weight_files(checkpoint)}
+    changes = _changes(checkpoint, pairs, shapes, [tensor for shard in shards.values() for tensor in shard])
+    merged = {
+        file: [_merged(tensor, changes.get(tensor.name), dtype) for tensor in shard]
+        for file, shard in shards.items()
+    }
+    return Merge(checkpoint, merged, dtype)
+
+
+def write_merge(directory: Path, merge: Merge) -> None:
+    """Leave the merged checkpoint in `directory`, which exists and is empty.
+
+    Raises OSError, and ModelError when a weight passes the range of its type.
+    """
+    for file, shard in merge.shards.items():
+        write_tensor_file(directory / file, shard)
+    if set(merge.shards) != {WEIGHTS_NAME}:
+        _write_json(directory / INDEX_NAME, _index(merge.shards))
+    _write_json(directory / CONFIG_NAME, _config_fields(merge))
+    for name in _COPIED:
+        if (file_path := merge.checkpoint.directory / name).is_file():
+            shutil.copyfile(file_path, directory / name)
+
+
+@dataclass(frozen=True)
+class _Change:
+    pair: LowRankPair
+    transposed: bool
+
+    def dense(self) -> Tensor:
+        """The change in the layout of the stored weight, float32."""
+        product = self.pair.b @ self.pair.a
+        return product.mT if self.transposed else product
+
+
+def _changes(
+    checkpoint: Checkpoint,
+    pairs: Mapping[str, LowRankPair],
+    shapes: Mapping[str, LinearShape],
+    tensors: Sequence[LazyTensor],
+) -> dict[str, _Change]:
+    """The change of each stored tensor, by its name in the file."""
+    stored = {tensor.name: tensor for tensor in tensors}
+    changes: dict[str, _Change] = {}
+    faults = []
+    for module, pair in pairs.items():
+        names = _stored_names(f"{module}.weight", stored)
+        if len(names) != 1 or names[0] in changes:
+            faults.append(f"{module}: {len(names)} tensors may be its weight: it needs one of its own")
+        elif fault := _misfit(stored[names[0]], shapes[module]):
+            faults.append(fault)
+        else:
+            changes[names[0]] = _Change(pair, shapes[module].transposed)
+    if faults:
+        raise ModelError(f"{checkpoint.source}: the adapter cannot be merged into it:\n" + numbered(faults))
+    return changes
+
+
+def _misfit(tensor: LazyTensor, shape: LinearShape) -> str | None:
+    """What keeps a pair of the layer from being added to the stored tensor."""
+    if tensor.shape != shape.stored:
+        return f"{tensor.name}: is {tensor.shape}, and {CONFIG_NAME} says {shape.stored}"
+    if tensor.dtype not in _SUMMANDS:
+        return f"{tensor.name}: is {tensor.dtype}, and nothing can be added but to floats of 16 bits or more"
+    return None
+
+
+def _stored_names(name: str, stored: Mapping[str, LazyTensor]) -> list[str]:
+    """What `name` may be called in the file: itself, or a prefix less or more (GPT-2's "transformer.")."""
+    if name in stored:
+        return [name]
+    return [other for other in stored if name.endswith(f".{other}") or other.endswith(f".{name}")]
+
+
+def _merged(tensor: LazyTensor, change: _Change | None, dtype: str | None) -> LazyTensor:
+    """`tensor` plus its change, if any; summed in float32 or wider, and rounded once."""
+    final = FLOATS[dtype] if dtype else tensor.dtype
+    if change is None:
+        return stored_as(tensor, final)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    summed = replace(tensor, dtype=wide, read=lambda: tensor.read().to(wide) + change.dense())
+    return stored_as(summed, final)
+
+
+def _config_fields(merge: Merge) -> dict[str, Any]:
+    """config.json of the merged checkpoint."""
+    fields = {name: value for name, value in merge.checkpoint.fields.items() if name != "quantization_config"}
+    if merge.dtype:
+        fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = merge.dtype
+    return fields
+
+
+def _index(shards: Mapping[str, Sequence[LazyTensor]]) -> dict[str, Any]:
+    total_bytes = sum(tensor.n_bytes for shard in shards.values() for tensor in shard)
+    weight_map = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+    return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
