@@ -1,0 +1,191 @@
+"""The public verbs. The command line calls these, and so can any program.
+
+A setting is a keyword argument with the name of a field of `RunConfig`; config.py tells them all.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agzo_edge.budget.detect import machine_profile
+from agzo_edge.budget.facts import model_facts
+from agzo_edge.budget.memory import MemoryPlan
+from agzo_edge.budget.plan import memory_plan
+from agzo_edge.config import RunConfig, config_from, read_toml
+from agzo_edge.demo import demo_settings
+from agzo_edge.errors import ConfigError
+
+if TYPE_CHECKING:  # these load torch, which planning does without
+    from agzo_edge.events import Event, Run
+    from agzo_edge.model.runtime import EdgeModel
+    from agzo_edge.serve.generate import TextModel
+    from agzo_edge.train.evaluate import Metrics
+
+
+def resolve(
+    settings: Mapping[str, Any], *, config_file: str | Path | None = None, preset: str | None = None
+) -> RunConfig:
+    """The run that `settings` describe: built-in < preset < profile < file < `settings`.
+
+    Without a model it is the embedded demo. Raises ConfigError with every fault.
+    """
+    in_file = read_toml(Path(config_file)) if config_file else {}
+    preset = preset or in_file.pop("preset", "default")
+    given = in_file | {name: value for name, value in settings.items() if value is not None}
+    if given.get("model") is None:
+        if given.get("data") is not None:
+            raise ConfigError(
+                "data is given and no model: name one with --model, or give neither for the demo"
+            )
+        in_file = demo_settings() | {"output_dir": _unused_directory("adapters/demo")} | in_file
+    machine = machine_profile(str(given.get("profile", "auto")))
+    return config_from(machine.settings, in_file, settings, preset=preset)
+
+
+def _unused_directory(name: str) -> str:
+    """`name`, or `name`-2, -3, ...: the demo may run again and again."""
+    numbered = (Path(name if n == 1 else f"{name}-{n}") for n in count(1))
+    return str(next(path for path in numbered if not path.exists()))
+
+
+def plan(
+    model: str | None = None,
+    *,
+    config_file: str | Path | None = None,
+    preset: str | None = None,
+    **settings: Any,
+) -> MemoryPlan:
+    """The memory that a run would need, from the checkpoint's headers alone: nothing is loaded.
+
+    Raises ConfigError and ModelError; a plan that does not fit is returned, with `fits` False.
+    """
+    config = resolve({"model": model, **settings}, config_file=config_file, preset=preset)
+    return memory_plan(model_facts(str(config.model)), config, machine_profile(config.profile))
+
+
+def finetune(
+    model: str | None = None,
+    data: str | None = None,
+    *,
+    config_file: str | Path | None = None,
+    preset: str | None = None,
+    resume: bool = False,
+    observe: "Callable[[Event], None] | None" = None,
+    **settings: Any,
+) -> "Run":
+    """Fine-tune `model` on `data` inside the memory budget, and leave an adapter in `output_dir`.
+
+    `observe` is called with every event of events.py; `resume` goes on with an interrupted run.
+    Raises BudgetError before anything is loaded when the plan does not fit, UsageError before anything is
+    written when model, data or settings cannot be used.
+    """
+    from agzo_edge.events import Finished
+    from agzo_edge.session import training
+
+    config = resolve({"model": model, "data": data, **settings}, config_file=config_file, preset=preset)
+    for event in training(config, resume=resume):
+        if observe is not None:
+            observe(event)
+        if isinstance(event, Finished):
+            return event.run
+    raise AssertionError("a run ended without its last event")
+
+
+def load(model: str | None = None, *, adapter: str | Path | None = None, **settings: Any) -> "TextModel":
+    """A quantized model with its adapter, ready to write text: `load(...).generate(prompt)`."""
+    from agzo_edge.serve.generate import TextModel
+
+    return TextModel(_loaded(resolve({"model": model, **settings}), adapter))
+
+
+def evaluate(
+    model: str | None = None, data: str | None = None, *, adapter: str | Path | None = None, **settings: Any
+) -> "Metrics":
+    """Loss and perplexity, or accuracy, of a model with its adapter on `data`."""
+    from agzo_edge.train.evaluate import evaluate as evaluated
+    from agzo_edge.train.examples import load_examples
+
+    config = resolve({"model": model, "data": data, **settings})
+    loaded = _loaded(config, adapter)
+    examples = load_examples(
+        str(config.eval_data or config.data),
+        loaded.tokenizer,
+        objective=config.objective,
+        max_seq_length=config.max_seq_length,
+        overlong=config.overlong,
+        mask_prompt=config.mask_prompt,
+        split="validation" if config.eval_data else "test",
+    )
+    return evaluated(loaded, examples.examples, objective=config.objective, batch_size=config.batch_size)
+
+
+def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
+    """The model of `config`, inside its budget, with an adapter on it."""
+    from agzo_edge.model.branch import set_learned
+    from agzo_edge.model.load import load_model
+    from agzo_edge.rundir import load_changes
+
+    changes = load_changes(Path(adapter)) if adapter else {}
+    loaded = load_model(str(config.model), config)
+    set_learned(loaded.branches, changes)
+    return loaded
+
+
+def replay(run_dir: str | Path, *, output: str | Path | None = None, until_step: int | None = None) -> Path:
+    """Rebuild a run's adapter from its journal and bases alone, into `output` (RUN_DIR/replayed by default).
+
+    No data, no model and no forward pass. Raises AdapterError when the run's files are damaged.
+    """
+    from agzo_edge.config import RunConfig
+    from agzo_edge.rundir import branches_of, bring_up_to, read_run, require_unused, save_result
+    from agzo_edge.train.learner import Learner
+
+    directory = Path(run_dir)
+    journal = read_run(directory)
+    target = Path(output) if output else directory / "replayed"
+    require_unused(target)
+    learner = Learner(branches_of(journal.header), RunConfig(**journal.header["config"]))
+    done = bring_up_to(learner, directory, journal, until_step=until_step, from_start=True)
+    save_result(
+        target, learner, journal.header, card=f"Rebuilt from the journal of {directory.name}, {done} steps.\n"
+    )
+    return target
+
+
+def export(
+    adapter: str | Path, *, to: str, output: str | Path, model: str | None = None, **settings: Any
+) -> Path:
+    """Write an adapter in another form: `peft`, `merged` (a full checkpoint) or `gguf` (for llama.cpp)."""
+    from agzo_edge.serve.export import export_adapter
+
+    return export_adapter(Path(adapter), to=to, output=Path(output), model_source=model, **settings)
+
+
+def report(run_dir: str | Path) -> dict[str, Any]:
+    """What a run cost and gave: report.json of a finished run, the journal's account of an interrupted one."""
+    from agzo_edge.rundir import REPORT_NAME, read_run
+
+    directory = Path(run_dir)
+    if (directory / REPORT_NAME).is_file():
+        finished: dict[str, Any] = json.loads((directory / REPORT_NAME).read_text(encoding="utf-8"))
+        return finished
+    journal = read_run(directory)
+    return {
+        "model": journal.header["config"]["model"],
+        "finished": False,
+        "steps": len(journal.records),
+        "max_steps": journal.header["config"]["max_steps"],
+        "wall_s": round(sum(record["wall_s"] for record in journal.records), 3),
+        "tokens": sum(record["tokens"] for record in journal.records),
+        "measured_peak_bytes": max((record["peak_bytes"] for record in journal.records), default=None),
+        "last_loss": journal.records[-1]["loss"] if journal.records else None,
+    }
+
+
+def doctor() -> dict[str, Any]:
+    """What this machine has, what is free, and what is missing with the command that installs it."""
+    from agzo_edge.serve.doctor import examination
+
+    return examination()

@@ -1,0 +1,139 @@
+"""The flags: one for each field of RunConfig, made from the field itself.
+
+Name, type, choices, default, range and help are read from the field and never restated. A flag's own
+default is None, not given: which default holds is decided where the sources of a run are merged.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from agzo_edge.config import Bytes, RunConfig
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+_ASIDE = {
+    "Model": "model adapter load_in_4bit load_in_8bit quant_type double_quant dtype trust_remote_code",
+    "Data": "data eval_data objective mask_prompt max_seq_length overlong batch_size",
+    "Memory": "profile device vram_limit ram_limit on_overflow micro_batch_size",
+    "Output": "output_dir eval_steps save_steps report_to",
+}
+_PANELS = {name: panel for panel, names in _ASIDE.items() for name in names.split()}
+_ORDER = ("Model", "Data", "Method", "Memory", "Output")
+_LIMITS = {"ge": "from {}", "gt": "over {}", "le": "to {}", "lt": "below {}"}
+
+
+def with_settings(*panels: str, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """A decorator that gives a command's `**settings` the flags of `panels`; no panel is all of them.
+
+    A parameter that the command spells out itself wins over the field of that name.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        taken = {parameter.name for parameter in own} | set(without)
+        fields = {name: field for name, field in RunConfig.model_fields.items() if name not in taken}
+        shown = [name for name in fields if panel_of(name) in (panels or _ORDER)]
+        shown.sort(key=lambda name: _ORDER.index(panel_of(name)))
+        flags = [flag(name, fields[name]) for name in shown]
+        command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def panel_of(name: str) -> str:
+    """The heading of `--help` that a field stands under."""
+    return _PANELS.get(name, "Method")
+
+
+def flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The flag of a field, as a parameter that typer reads."""
+    kind, metavar = _kind_of(field.annotation)
+    option = typer.Option(
+        help=_help_of(field), metavar=metavar, rich_help_panel=panel_of(name), show_default=False
+    )
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]  # a value, no type
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def given(settings: Mapping[str, object]) -> dict[str, Any]:
+    """The settings whose flags were given, with lists of names taken apart at their commas."""
+    return {
+        name: _names(value) if isinstance(value, str) and _is_names(name) else value
+        for name, value in settings.items()
+        if value is not None
+    }
+
+
+def as_flags(settings: Mapping[str, object]) -> list[str]:
+    """The words of a command line that give `settings`; what is None is left out."""
+    words = []
+    for name, value in settings.items():
+        spelled = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(spelled if value else "--no-" + spelled[2:])
+        elif value is not None:
+            words += [spelled, ",".join(value) if isinstance(value, tuple) else str(value)]
+    return words
+
+
+def _kind_of(annotation: Any) -> tuple[Any, str | None]:
+    """What typer should parse, and what its help should call it.
+
+    Mixed types are left as text: pydantic reads them, and says better what is wrong.
+    """
+    parts = [part for part in get_args(annotation) if part is not type(None)] or [annotation]
+    if get_origin(annotation) is Literal:
+        return (
+            annotation,
+            "CHOICE",
+        )  # which ones, says the help: a list of them here cuts the flags' names short
+    if annotation is bool:
+        return bool, ""  # the two spellings say enough
+    if len(parts) > 1:
+        return str, "|".join(_word(part) for part in parts)
+    if parts[0] == Bytes:
+        return str, "SIZE"
+    if get_origin(parts[0]) is tuple:
+        return str, "NAME,NAME"
+    return parts[0], None
+
+
+def _word(kind: Any) -> str:
+    return "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else str(kind.__name__).upper()
+
+
+def _help_of(field: FieldInfo) -> str:
+    """The description, with the default and the range where there are any."""
+    notes = (
+        [", ".join(map(str, get_args(field.annotation)))] if get_origin(field.annotation) is Literal else []
+    )
+    notes += [] if field.default is None else [f"default: {_spelled(field.default)}"]
+    limits = (
+        (word, getattr(limit, bound, None)) for limit in field.metadata for bound, word in _LIMITS.items()
+    )
+    span = " ".join(word.format(_spelled(limit)) for word, limit in limits if limit is not None)
+    notes += [span] if span else []
+    return f"{field.description} [dim]\\[{'; '.join(notes)}][/dim]" if notes else str(field.description)
+
+
+def _spelled(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and value >= 2**32:
+        return f"2**{value.bit_length() - 1}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_names(name: str) -> bool:
+    return (
+        name in RunConfig.model_fields and _kind_of(RunConfig.model_fields[name].annotation)[1] == "NAME,NAME"
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

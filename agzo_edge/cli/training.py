@@ -1,0 +1,78 @@
+"""`train` and `plan`."""
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import typer
+
+from agzo_edge.cli.consoles import stdout_console, write_json
+from agzo_edge.cli.flags import AsJson, ConfigFile, DryRun, Preset, Resume
+from agzo_edge.cli.options import given, with_settings
+from agzo_edge.cli.screen import plan_table, verdict
+from agzo_edge.config import RunConfig
+from agzo_edge.errors import BudgetError
+
+if TYPE_CHECKING:
+    from agzo_edge.budget.memory import MemoryPlan
+    from agzo_edge.cli.stop import StopSignals
+
+
+@with_settings()
+def train(
+    context: typer.Context,
+    config_file: ConfigFile = None,
+    preset: Preset = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    **settings: object,
+) -> None:
+    """Fine-tune a model on data and leave an adapter; without --model and --data, run the demo."""
+    from agzo_edge import api
+
+    if dry_run:
+        show_plan(api.plan(config_file=config_file, preset=preset, **given(settings)), as_json=as_json)
+        return
+    config = api.resolve(given(settings), config_file=config_file, preset=preset)
+    _watched(config, context.obj, resume=resume, as_json=as_json)
+
+
+def _watched(config: RunConfig, stop: "StopSignals", *, resume: bool, as_json: bool) -> None:
+    """Train, and show it."""
+    from agzo_edge.cli.quiet import hide_loading_bars
+    from agzo_edge.cli.stop import stoppable
+    from agzo_edge.cli.watch import watch, watch_json
+    from agzo_edge.events import Stepped
+    from agzo_edge.session import training
+
+    hide_loading_bars()
+    stop.remedy = f"go on with --output-dir {config.output_dir} --resume-from-checkpoint"
+    with closing(training(config, resume=resume)) as events:
+        watched = stoppable(events, stop, defer_from=Stepped)
+        if as_json:
+            watch_json(watched)
+        else:
+            watch(watched, stdout_console())
+
+
+@with_settings()
+def plan(
+    config_file: ConfigFile = None, preset: Preset = None, as_json: AsJson = False, **settings: object
+) -> None:
+    """Show the memory that `train` with the same flags would need; nothing is loaded. Alias: estimate."""
+    from agzo_edge import api
+
+    show_plan(api.plan(config_file=config_file, preset=preset, **given(settings)), as_json=as_json)
+
+
+def show_plan(memory_plan: "MemoryPlan", *, as_json: bool) -> None:
+    """Show the plan and its verdict, and leave with exit code 3 when it does not fit."""
+    if as_json:
+        write_json(memory_plan.to_dict())
+    else:
+        console = stdout_console()
+        console.print(plan_table(memory_plan))
+        console.print()
+        console.print(verdict(memory_plan))
+    if not memory_plan.fits:
+        raise typer.Exit(BudgetError.exit_code)

@@ -1,0 +1,86 @@
+"""`generate`, `chat` and `eval`: a model with its adapter at work."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from agzo_edge.cli.as_json import metrics_object
+from agzo_edge.cli.consoles import say, stdout_console, write_json
+from agzo_edge.cli.flags import Adapter, AsJson, MaxNewTokens, Prompt, Seed, Temperature, TopP
+from agzo_edge.cli.options import given, with_settings
+from agzo_edge.cli.screen import metrics_text, samples_table
+from agzo_edge.errors import UsageError
+
+
+@with_settings("Model", "Memory")
+def generate(
+    prompt: Prompt,
+    adapter: Adapter = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer without and with the adapter.")] = False,
+    as_json: AsJson = False,
+    **settings: object,
+) -> None:
+    """Write text with a model and its adapter."""
+    if compare and adapter is None:
+        raise UsageError("--compare answers without and with an adapter: give one with --adapter DIR")
+    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    before = _answer(text, None, sampling, given(settings)) if compare else None
+    after = _answer(text, adapter, sampling, given(settings))
+    if as_json:
+        write_json({"prompt": text, "text": after} | ({} if before is None else {"without_adapter": before}))
+    elif before is not None:
+        stdout_console().print(samples_table([{"prompt": text, "before": before, "after": after}]))
+    else:
+        say(after)
+
+
+def _answer(
+    prompt: str, adapter: str | None, sampling: Mapping[str, object], settings: Mapping[str, Any]
+) -> str:
+    from agzo_edge import api
+    from agzo_edge.cli.quiet import hide_loading_bars
+    from agzo_edge.serve.generate import Sampling
+
+    hide_loading_bars()
+    return api.load(adapter=adapter, **settings).generate(prompt, sampling=Sampling(**given(sampling)))
+
+
+@with_settings("Model", "Memory")
+def chat(
+    adapter: Adapter = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    **settings: object,
+) -> None:
+    """Talk with a model and its adapter; /reset forgets the conversation, /exit or Ctrl-D ends it."""
+    from agzo_edge import api
+    from agzo_edge.cli.chat import converse
+    from agzo_edge.cli.quiet import hide_loading_bars
+    from agzo_edge.serve.generate import Sampling
+
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    hide_loading_bars()
+    model = api.load(adapter=adapter, **given(settings))
+    converse(model, Sampling(**given(sampling)), stdout_console())
+
+
+@with_settings("Model", "Data", "Memory", without=("eval_data",))
+def evaluate(adapter: Adapter = None, as_json: AsJson = False, **settings: object) -> None:
+    """Score a model with its adapter on data: loss and perplexity, or accuracy."""
+    from agzo_edge import api
+    from agzo_edge.cli.quiet import hide_loading_bars
+
+    hide_loading_bars()
+    metrics = api.evaluate(adapter=adapter, **given(settings))
+    if as_json:
+        write_json(metrics_object(metrics))
+    else:
+        say(metrics_text(metrics))

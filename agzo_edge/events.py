@@ -1,0 +1,92 @@
+"""What a run tells whoever watches it, in the order it happens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agzo_edge.budget.memory import MemoryPlan
+from agzo_edge.config import RunConfig
+from agzo_edge.train.data import DataReport
+from agzo_edge.train.evaluate import Metrics
+from agzo_edge.train.loop import TimedStep
+from agzo_edge.train.probe import MuProbe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The memory plan fits; nothing is loaded yet."""
+
+    config: RunConfig  # as fitted: micro_batch_size may be smaller than asked
+    plan: MemoryPlan
+    machine: str
+    changes: tuple[str, ...]  # what was changed so that it fits
+
+
+@dataclass(frozen=True)
+class DataReady:
+    """The data is read and sound."""
+
+    train: DataReport
+    held_out: DataReport | None
+
+
+@dataclass(frozen=True)
+class ModelReady:
+    """The model is loaded and its branches attached."""
+
+    source: str
+    n_layers: int  # with a branch
+    device: str
+    dtype: str
+    quantization: str
+    first_step: int  # 0, or where a resumed run goes on
+
+
+@dataclass(frozen=True)
+class MuChosen:
+    """The perturbation size was found by probing the first batch."""
+
+    probe: MuProbe
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Held-out examples were scored after `step` steps."""
+
+    step: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A step is done and in the journal."""
+
+    timed: TimedStep
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The adapter of `step` steps is on the disk."""
+
+    step: int
+    directory: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is over; everything is on the disk."""
+
+    run: "Run"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run leaves behind."""
+
+    adapter: Path  # the output directory: adapter, journal, report
+    before: Metrics | None
+    after: Metrics | None
+    report: dict[str, Any]  # as in report.json
+
+
+Event = Planned | DataReady | ModelReady | MuChosen | Evaluated | Stepped | Saved | Finished

@@ -1,0 +1,218 @@
+"""The directory of a run: what is in it, and how it is read back.
+
+journal.jsonl                  what every step did
+bases/step-N.safetensors       what the window of step N fixed
+checkpoint-N/                  the adapter after N steps, and the learner's state
+adapter_model.safetensors ...  the result
+report.json                    what it cost and what it gave
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from agzo_edge.config import RunConfig
+from agzo_edge.errors import AdapterError, numbered
+from agzo_edge.model.branch import Branch, make_branches
+from agzo_edge.model.runtime import EdgeModel
+from agzo_edge.numerics.lowrank import LowRank
+from agzo_edge.record.adapter import LowRankPair, load_adapter, save_adapter
+from agzo_edge.record.bases import WindowBases, load_bases, save_bases
+from agzo_edge.record.files import atomic_write_bytes, atomic_write_text
+from agzo_edge.record.journal import Journal, JournalWriter, read_journal
+from agzo_edge.record.tensors import read_tensors
+from agzo_edge.train.data import ExampleSet
+from agzo_edge.train.learner import Learner
+from agzo_edge.train.loop import TimedStep
+from agzo_edge.train.replay import replay
+
+JOURNAL_NAME = "journal.jsonl"
+REPORT_NAME = "report.json"
+STATE_NAME = "learner_state.safetensors"
+KEPT_CHECKPOINTS = 2  # the last one, and one before it in case the disk dies under the last
+
+# Where these differ, a resumed run would not be the run that was begun.
+_FREE_TO_CHANGE = {
+    "output_dir", "profile", "device", "vram_limit", "ram_limit", "on_overflow", "eval_data", "eval_steps",
+    "save_steps", "report_to", "micro_batch_size", "max_steps", "model", "data", "adapter",
+}  # fmt: skip
+
+
+def require_unused(directory: Path) -> None:
+    """Raise AdapterError, with what to do, when `directory` holds anything already."""
+    if (directory / JOURNAL_NAME).exists():
+        raise AdapterError(
+            f"{directory} holds another run: go on with it by --resume-from-checkpoint, or choose another --output-dir"
+        )
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise AdapterError(f"{directory} is not an empty directory: choose another --output-dir")
+
+
+def header_of(config: RunConfig, model: EdgeModel, data: ExampleSet, *, mu: float) -> dict[str, Any]:
+    """The journal's first line: everything a replay or a resume must know or compare."""
+    groups = {branch.group.index: branch.group.in_features for branch in model.branches}
+    return {
+        "config": config.model_dump(mode="json"),
+        "mu": mu,
+        "base_sha256": model.base_sha256(),
+        "data_sha256": data.sha256,
+        "layers": [[branch.name, branch.out_features, branch.group.index] for branch in model.branches],
+        "group_in_features": [groups[index] for index in sorted(groups)],
+        "transposed": model.transposed,
+        "device": model.device.type,
+        "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "numpy")},
+    }
+
+
+def require_same_run(header: Mapping[str, Any], now: Mapping[str, Any], *, directory: Path) -> None:
+    """Raise AdapterError naming everything in which the run to resume differs from the one begun."""
+    faults = [
+        f"{what} has changed since the run began"
+        for field, what in (("base_sha256", "the base model"), ("data_sha256", "the training data"))
+        if header[field] != now[field]
+    ]
+    then, wanted = header["config"], now["config"]
+    faults += [
+        f"{name} was {then.get(name)!r} and is {wanted[name]!r} now"
+        for name in sorted(wanted.keys() - _FREE_TO_CHANGE)
+        if then.get(name) != wanted[name]
+    ]
+    if then["lr_schedule"] != "constant" and then["max_steps"] != wanted["max_steps"]:
+        faults.append(
+            f"max_steps was {then['max_steps']}, and the {then['lr_schedule']} schedule depends on it"
+        )
+    if faults:
+        raise AdapterError(f"{directory}: this run cannot be resumed:\n" + numbered(faults))
+
+
+def keep_step(directory: Path, journal: JournalWriter, timed: TimedStep, learner: Learner) -> None:
+    """Put a step on the disk: its window's bases first, then its line; after that the step counts."""
+    record = timed.record
+    if learner.window_starts(record.step):
+        bases = {branch.group.index: branch.group.basis for branch in learner.branches}
+        save_bases(directory, record.step, WindowBases(bases, [branch.scale for branch in learner.branches]))
+    journal.append(
+        {
+            "step": record.step,
+            "loss": record.loss,
+            "learning_rate": record.learning_rate,
+            "mu": record.mu,
+            "projected": list(record.projected),
+            "weights": list(record.weights),
+            "label_tokens": record.label_tokens,
+            "tokens": timed.tokens,
+            "wall_s": round(timed.wall_s, 6),
+            "peak_bytes": timed.peak_bytes,
+            **({} if record.left_out is None else {"left_out": record.left_out}),
+        }
+    )
+
+
+def branches_of(header: Mapping[str, Any], *, device: torch.device | str = "cpu") -> list[Branch]:
+    """Untouched branches for the layers that a journal's header names: a replay needs no model."""
+    layers = [(str(name), int(out_features), int(group)) for name, out_features, group in header["layers"]]
+    return make_branches(
+        layers, header["group_in_features"], rank=int(header["config"]["rank"]), device=device
+    )
+
+
+def bring_up_to(
+    learner: Learner,
+    directory: Path,
+    journal: Journal,
+    *,
+    until_step: int | None = None,
+    from_start: bool = False,
+) -> int:
+    """Bring `learner` to where the journal ends, or to `until_step` steps; the number of steps it then knows.
+
+    The newest checkpoint that is not beyond that point is where it begins, the journal does the rest; with
+    `from_start` the journal does all. (checkpoint-0 is the start of a run that went on with an adapter.)
+    """
+    end = journal.next_step if until_step is None else min(until_step, journal.next_step)
+    first = 0
+    for step in reversed(checkpoint_steps(directory)):
+        if step <= (0 if from_start else end):
+            learner.restore(read_tensors(checkpoint_path(directory, step) / STATE_NAME))
+            first = step
+            break
+    shapes = {b.group.index: (b.group.in_features, b.group.rank) for b in learner.branches}
+
+    def bases_of(step: int) -> tuple[Mapping[int, torch.Tensor], Sequence[float]]:
+        window = load_bases(directory, step, shapes, len(learner.branches))
+        return window.bases, window.scales
+
+    replay(learner, journal.records[first:end], bases_of)
+    return end
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is kept."""
+    return directory / f"checkpoint-{step}"
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """The steps of the whole checkpoints in `directory`, ascending."""
+    names = (
+        path.parent.name.removeprefix("checkpoint-") for path in directory.glob(f"checkpoint-*/{STATE_NAME}")
+    )
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def save_checkpoint(
+    directory: Path, learner: Learner, header: Mapping[str, Any], *, step: int, card: str
+) -> Path:
+    """Leave the adapter and the learner's state after `step` steps; old checkpoints make room.
+
+    The state comes last: a checkpoint without it does not count.
+    """
+    path = checkpoint_path(directory, step)
+    save_result(path, learner, header, card=card)
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in learner.state().items()}
+    atomic_write_bytes(path / STATE_NAME, safetensors.torch.save(state, metadata={"step": str(step)}))
+    for old in [step for step in checkpoint_steps(directory) if step > 0][:-KEPT_CHECKPOINTS]:
+        (checkpoint_path(directory, old) / STATE_NAME).unlink()
+        shutil.rmtree(checkpoint_path(directory, old))
+    return path
+
+
+def save_result(
+    directory: Path,
+    learner: Learner,
+    header: Mapping[str, Any],
+    *,
+    card: str,
+    extra_files: Mapping[str, bytes] | None = None,  # name: content, the tokenizer's
+) -> None:
+    """Leave the adapter as it is now in `directory`, in PEFT's layout."""
+    save_adapter(
+        directory,
+        {name: LowRankPair(a=change.a.mT, b=change.c) for name, change in learner.adapter().items()},
+        base_model=header["config"]["model"],
+        transposed=header["transposed"],
+        card=card,
+        extra_files=extra_files,
+    )
+
+
+def load_changes(directory: Path) -> dict[str, LowRank]:
+    """The weight changes of the adapter in `directory`, by layer. Raises AdapterError."""
+    return {name: LowRank(c=pair.b, a=pair.a.mT) for name, pair in load_adapter(directory).items()}
+
+
+def write_report(directory: Path, report: Mapping[str, Any]) -> None:
+    """Leave report.json."""
+    atomic_write_text(directory / REPORT_NAME, json.dumps(report, indent=2) + "\n")
+
+
+def read_run(directory: Path) -> Journal:
+    """The journal of the run in `directory`. Raises AdapterError when there is none."""
+    if not (directory / JOURNAL_NAME).is_file():
+        raise AdapterError(f"{directory}: no {JOURNAL_NAME}: this is not the directory of a run")
+    return read_journal(directory / JOURNAL_NAME)

@@ -1,0 +1,317 @@
+"""A run from its configuration to its last file, told as events.
+
+Everything that can be refused is refused before anything is written: the plan, the data, the model, the
+adapter to start from, the run to resume. After that, a step is on the disk before it is told.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agzo_edge import __version__, demo
+from agzo_edge.budget.detect import machine_profile
+from agzo_edge.budget.facts import model_facts
+from agzo_edge.budget.plan import fitted_run
+from agzo_edge.config import RunConfig
+from agzo_edge.errors import ConfigError
+from agzo_edge.events import (
+    DataReady,
+    Evaluated,
+    Event,
+    Finished,
+    ModelReady,
+    MuChosen,
+    Planned,
+    Run,
+    Saved,
+    Stepped,
+)
+from agzo_edge.model.branch import set_learned
+from agzo_edge.model.load import load_model, load_tokenizer
+from agzo_edge.model.runtime import EdgeModel
+from agzo_edge.record.card import model_card
+from agzo_edge.record.journal import JournalWriter
+from agzo_edge.record.lock import RunLock
+from agzo_edge.rundir import (
+    JOURNAL_NAME,
+    bring_up_to,
+    header_of,
+    keep_step,
+    load_changes,
+    read_run,
+    require_same_run,
+    require_unused,
+    save_checkpoint,
+    save_result,
+    write_report,
+)
+from agzo_edge.scalars import with_tensorboard
+from agzo_edge.serve.dequantized import save_dense_model
+from agzo_edge.serve.generate import Sampling, TextModel
+from agzo_edge.train.data import ExampleSet
+from agzo_edge.train.evaluate import Metrics, evaluate
+from agzo_edge.train.examples import load_examples
+from agzo_edge.train.learner import Learner
+from agzo_edge.train.loop import TimedStep, probed_mu, run_steps
+
+SAMPLE = Sampling(max_new_tokens=48)
+MERGED_NAME = "merged"  # with target = dequantized: the whole model as it is now
+
+
+def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
+    """Train as `config` says; the demo answers a few held-out questions before and after.
+
+    Closing the iterator stops the run after the step under way: a checkpoint is saved, and `resume` goes on
+    from there. Raises the errors of errors.py; nothing is written before the first step can run.
+    """
+    if config.model is None or config.data is None or config.output_dir is None:
+        raise ConfigError("a run needs --model, --data and --output-dir; without a model the demo runs")
+    out = Path(config.output_dir)
+    if not resume:
+        require_unused(out)
+    planned = planned_run(config)
+    yield planned
+    config = planned.config
+    data, held_out = _data(config)
+    yield DataReady(data.report, held_out.report if held_out else None)
+    changes = load_changes(Path(config.adapter)) if config.adapter else {}
+    widest = max((change.rank for change in changes.values()), default=0)
+    if widest > config.adapter_rank:
+        raise ConfigError(
+            f"the adapter to start from has rank {widest}, and adapter_rank is {config.adapter_rank}: it would be "
+            f"cut down; use --adapter-rank {widest}"
+        )
+    model = load_model(str(config.model), config)
+    set_learned(model.branches, changes)
+    samples = demo.PROMPTS if config.model == str(demo.MODEL_DIR) else ()
+    session = _Session(config, planned, model, data, held_out, samples, out)
+    events = session.resumed() if resume else session.begun()
+    yield from with_tensorboard(events, out) if config.report_to == "tensorboard" else events
+
+
+def planned_run(config: RunConfig) -> Planned:
+    """The plan of a run that fits its machine, with what had to change for it. Raises BudgetError."""
+    machine = machine_profile(config.profile)
+    fitted = fitted_run(model_facts(str(config.model)), config, machine)
+    return Planned(fitted.config, fitted.plan, machine.name, fitted.notes)
+
+
+def _data(config: RunConfig) -> tuple[ExampleSet, ExampleSet | None]:
+    """The training examples, and the held-out ones where they are given."""
+    tokenizer = load_tokenizer(str(config.model), config)
+    settings: dict[str, Any] = {
+        "objective": config.objective,
+        "max_seq_length": config.max_seq_length,
+        "overlong": config.overlong,
+        "mask_prompt": config.mask_prompt,
+    }
+    data = load_examples(str(config.data), tokenizer, split="train", **settings)
+    if config.eval_data is None:
+        return data, None
+    return data, load_examples(config.eval_data, tokenizer, split="validation", **settings)
+
+
+def quantization_name(config: RunConfig) -> str:
+    """The base's form in a word: nf4, fp4, int8, or none."""
+    if config.load_in_8bit:
+        return "int8"
+    return config.quant_type if config.load_in_4bit else "none"
+
+
+@dataclass
+class _Session:
+    """A run whose parts are all there."""
+
+    config: RunConfig
+    planned: Planned
+    model: EdgeModel
+    data: ExampleSet
+    held_out: ExampleSet | None
+    samples: Sequence[str]
+    out: Path
+    steps: list[TimedStep] = field(default_factory=list)
+    evaluations: dict[int, Metrics] = field(default_factory=dict)
+
+    def begun(self) -> Generator[Event]:
+        """A run from its first step."""
+        yield self._ready(0)
+        answers = self._answers()
+        yield from self._evaluated(0)
+        mu = self.config.mu
+        if self.config.difference == "exact":
+            mu = 1.0  # the tangent itself is carried, there is no perturbation to size
+        if mu == "auto":
+            probe = probed_mu(self.model, self.data, config=self.config)
+            mu = probe.mu
+            yield MuChosen(probe)
+        header = header_of(self.config, self.model, self.data, mu=mu)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with RunLock(self.out), JournalWriter.create(self.out / JOURNAL_NAME, header) as journal:
+            learner = Learner(self.model.branches, self.config)
+            if self.config.adapter:  # a replay must know what the run began with
+                save_checkpoint(self.out, learner, header, step=0, card=self._card())
+            yield from self._trained(learner, journal, header, mu=mu)
+            yield from self._finished(learner, header, answers)
+
+    def resumed(self) -> Generator[Event]:
+        """A run from its last completed step."""
+        with RunLock(self.out):
+            begun = read_run(self.out)
+            header = begun.header
+            now = header_of(self.config, self.model, self.data, mu=header["mu"])
+            require_same_run(header, now, directory=self.out)
+            learner = Learner(self.model.branches, self.config)
+            first_step = bring_up_to(learner, self.out, begun)
+            yield self._ready(first_step)
+            with JournalWriter.resume(self.out / JOURNAL_NAME) as journal:
+                yield from self._trained(learner, journal, header, mu=header["mu"])
+            yield from self._finished(learner, header, [])
+
+    def _trained(
+        self, learner: Learner, journal: JournalWriter, header: Mapping[str, Any], *, mu: float
+    ) -> Generator[Event]:
+        """The steps from the journal's end on; a stop asked for in between leaves a checkpoint."""
+        done = journal.next_step
+        try:
+            for timed in run_steps(
+                self.model, learner, self.data, config=self.config, mu=mu, first_step=journal.next_step
+            ):
+                keep_step(self.out, journal, timed, learner)
+                self.steps.append(timed)
+                done = timed.record.step + 1
+                yield Stepped(timed)
+                if _is_due(done, self.config.eval_steps):
+                    yield from self._evaluated(done)
+                if _is_due(done, self.config.save_steps) and done < self.config.max_steps:
+                    yield Saved(
+                        done, save_checkpoint(self.out, learner, header, step=done, card=self._card())
+                    )
+        except GeneratorExit:
+            save_checkpoint(self.out, learner, header, step=done, card=self._card())
+            raise
+
+    def _finished(self, learner: Learner, header: Mapping[str, Any], answers: list[str]) -> Generator[Event]:
+        """The result on the disk, the last evaluation, and the report."""
+        last = self.config.max_steps
+        if last not in self.evaluations:
+            yield from self._evaluated(last)
+        files = tokenizer_files(self.model.tokenizer)
+        save_result(self.out, learner, header, card=self._card(), extra_files=files)
+        if self.config.target == "dequantized":
+            save_dense_model(self.model, self.out / MERGED_NAME)
+        yield Saved(last, self.out)
+        report = self._report(answers)
+        write_report(self.out, report)
+        first = min(self.evaluations, default=0)
+        yield Finished(Run(self.out, self.evaluations.get(first), self.evaluations.get(last), report))
+
+    def _ready(self, first_step: int) -> ModelReady:
+        return ModelReady(
+            source=self.model.source,
+            n_layers=len(self.model.branches),
+            device=str(self.model.device),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            quantization=quantization_name(self.config),
+            first_step=first_step,
+        )
+
+    def _evaluated(self, step: int) -> Generator[Event]:
+        if self.held_out is None:
+            return
+        metrics = evaluate(
+            self.model,
+            self.held_out.examples,
+            objective=self.config.objective,
+            batch_size=self._rows_at_once(),
+        )
+        self.evaluations[step] = metrics
+        yield Evaluated(step, metrics)
+
+    def _rows_at_once(self) -> int:
+        """Examples in an evaluation's pass: the plan allows two streams of a micro-batch."""
+        return 2 * (self.config.micro_batch_size or self.config.batch_size)
+
+    def _answers(self) -> list[str]:
+        writer = TextModel(self.model)
+        return [writer.generate(prompt, sampling=SAMPLE) for prompt in self.samples]
+
+    def _card(self) -> str:
+        return model_card(card_facts(self.config, self.planned, self.data, self.steps, self.evaluations))
+
+    def _report(self, answers: list[str]) -> dict[str, Any]:
+        wall_s = sum(timed.wall_s for timed in self.steps)
+        tokens = sum(timed.tokens for timed in self.steps)
+        return {
+            "model": self.config.model,
+            "steps": len(self.steps),
+            "wall_s": round(wall_s, 3),
+            "tokens": tokens,
+            "tokens_per_s": round(tokens / wall_s, 1) if wall_s else None,
+            "predicted_peak_bytes": self.planned.plan.device_bytes,
+            "measured_peak_bytes": max((timed.peak_bytes for timed in self.steps), default=None),
+            "limit_bytes": self.planned.plan.limit_bytes,
+            "data": asdict(self.data.report),
+            "held_out_data": asdict(self.held_out.report) if self.held_out else None,
+            "evaluations": {str(step): asdict(metrics) for step, metrics in sorted(self.evaluations.items())},
+            "samples": [
+                {"prompt": prompt, "before": before, "after": after}
+                for prompt, before, after in zip(self.samples, answers, self._answers(), strict=False)
+            ],
+        }
+
+
+def _is_due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """The tokenizer's files by name, so that the adapter's directory is complete."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def card_facts(
+    config: RunConfig,
+    planned: Planned,
+    data: ExampleSet,
+    steps: Sequence[TimedStep],
+    evaluations: Mapping[int, Metrics],
+) -> dict[str, Any]:
+    """What the model card tells of a run."""
+    ordered = [evaluations[step] for step in sorted(evaluations)]
+    before, after = (ordered[0], ordered[-1]) if len(ordered) > 1 else (None, None)
+    told = (
+        "rank",
+        "adapter_rank",
+        "refresh_every",
+        "noise",
+        "difference",
+        "optimizer",
+        "learning_rate",
+        "batch_size",
+    )
+    return {
+        "base_model": config.model,
+        "quantization": quantization_name(config),
+        "data_file": config.data,
+        "data_sha256": data.sha256,
+        "n_rows": data.report.rows_used,
+        "eval_file": config.eval_data,
+        "settings": {name: getattr(config, name) for name in told},
+        "steps": steps[-1].record.step + 1 if steps else 0,
+        "n_tokens": sum(timed.tokens for timed in steps),
+        "loss_before": before and before.loss,
+        "loss_after": after and after.loss,
+        "accuracy_before": before and before.accuracy,
+        "accuracy_after": after and after.accuracy,
+        "wall_s": sum(timed.wall_s for timed in steps),
+        "peak_bytes": max((timed.peak_bytes for timed in steps), default=None),
+        "limit_bytes": planned.plan.limit_bytes,
+        "device": planned.machine,
+        "seed": config.seed,
+        "version": __version__,
+    }
