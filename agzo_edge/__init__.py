@@ -1,10 +1,10 @@
 """agzo-edge: fine-tune a quantized language model with forward passes only, inside a memory budget.
 
-    import agzo_edge
-    plan = agzo_edge.plan("Qwen/Qwen3-8B", profile="rtx-3060-12gb", max_seq_length=2048, batch_size=8)
-    run = agzo_edge.finetune("Qwen/Qwen3-8B", "notes.jsonl", output_dir="adapters/notes")
-    model = agzo_edge.load("Qwen/Qwen3-8B", adapter=run.adapter)
-    print(model.generate("Summarise my week."))
+import agzo_edge
+plan = agzo_edge.plan("Qwen/Qwen3-8B", profile="rtx-3060-12gb", max_seq_length=2048, batch_size=8)
+run = agzo_edge.finetune("Qwen/Qwen3-8B", "notes.jsonl", output_dir="adapters/notes")
+model = agzo_edge.load("Qwen/Qwen3-8B", adapter=run.adapter)
+print(model.generate("Summarise my week."))
 """
 
 from typing import TYPE_CHECKING, Any

@@ -29,11 +29,16 @@ class AgzoConfig(BaseModel):
 
     rank: int = Field(4, ge=1, le=64, description="Directions in a layer's basis (r in the paper).")
     refresh_every: int = Field(
-        25, ge=0, description="Steps in a window, during which the basis is fixed; 0 keeps the first one for ever."
+        25,
+        ge=0,
+        description="Steps in a window, during which the basis is fixed; 0 keeps the first one for ever.",
     )
-    power_iterations: int = Field(3, ge=1, le=20, description="Steps of subspace iteration that find a basis (K).")
+    power_iterations: int = Field(
+        3, ge=1, le=20, description="Steps of subspace iteration that find a basis (K)."
+    )
     mu: float | Literal["auto"] = Field(
-        "auto", description="Perturbation size, a fraction of each layer's output; auto probes the first batch."
+        "auto",
+        description="Perturbation size, a fraction of each layer's output; auto probes the first batch.",
     )
     noise: Literal["sign", "gaussian"] = Field("sign", description="Distribution of the noise.")
     difference: Literal["central", "forward", "exact"] = Field(
@@ -42,10 +47,16 @@ class AgzoConfig(BaseModel):
     directions: Literal["example", "shared"] = Field(
         "example", description="A direction for each example of the batch, or one for all."
     )
-    relative: bool = Field(True, description="Scale perturbation and step by the size of each layer's output.")
-    normalize: bool = Field(True, description="Divide the step by the running spread of the projected gradients.")
+    relative: bool = Field(
+        True, description="Scale perturbation and step by the size of each layer's output."
+    )
+    normalize: bool = Field(
+        True, description="Divide the step by the running spread of the projected gradients."
+    )
     clip: float = Field(
-        3.0, ge=0, description="Projected gradients are clipped at this multiple of their spread; 0 never clips."
+        3.0,
+        ge=0,
+        description="Projected gradients are clipped at this multiple of their spread; 0 never clips.",
     )
     optimizer: Literal["sgd", "momentum", "adam", "sign"] = Field(
         "sgd", description="Update rule for the coefficients."
@@ -74,13 +85,23 @@ class AgzoConfig(BaseModel):
 class RunConfig(AgzoConfig):
     """A whole run: the method, and the model, data, machine and outputs around it."""
 
-    model: str | None = Field(None, description="Directory or hub id of a causal language model; none runs the demo.")
+    model: str | None = Field(
+        None, description="Directory or hub id of a causal language model; none runs the demo."
+    )
     data: str | None = Field(None, description="Training file, directory or hub id.")
     eval_data: str | None = Field(None, description="Held-out file, evaluated before, during and after.")
-    output_dir: str | None = Field(None, description="Directory of the run; must be empty, or hold a run to resume.")
+    output_dir: str | None = Field(
+        None, description="Directory of the run; must be empty, or hold a run to resume."
+    )
     adapter: str | None = Field(None, description="A PEFT LoRA directory to start from.")
     profile: str = Field("auto", description="Name or TOML file of a machine; auto detects.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
+    threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="CPU threads; 0 takes one for a small model, where more are slower, else torch's.",
+    )
     vram_limit: Bytes | None = Field(None, description="Memory budget of the GPU, with its unit: 6GiB.")
     ram_limit: Bytes | None = Field(None, description="Memory budget of the host, with its unit: 12GiB.")
     on_overflow: Literal["fail", "shrink"] = Field(
@@ -95,7 +116,8 @@ class RunConfig(AgzoConfig):
     )
     trust_remote_code: bool = Field(False, description="Run Python code that a checkpoint brings.")
     target_modules: tuple[str, ...] | None = Field(
-        None, description="Names or suffixes of the layers to train; all linear layers but the head by default."
+        None,
+        description="Names or suffixes of the layers to train; all linear layers but the head by default.",
     )
     objective: Literal["lm", "choice"] = Field("lm", description="What is learned.")
     mask_prompt: bool = Field(True, description="Take the loss on completions or assistant turns only.")
@@ -104,9 +126,13 @@ class RunConfig(AgzoConfig):
         "error", description="What to do with rows over the longest length."
     )
     batch_size: int = Field(16, ge=1, description="Examples in a step.")
-    micro_batch_size: int | None = Field(None, ge=1, description="Examples in one forward pass; all by default.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Examples in one forward pass; all by default."
+    )
     eval_steps: int = Field(100, ge=0, description="Evaluate every so many steps; 0 only before and after.")
-    save_steps: int = Field(100, ge=0, description="Write the adapter every so many steps; 0 only at the end.")
+    save_steps: int = Field(
+        100, ge=0, description="Write the adapter every so many steps; 0 only at the end."
+    )
     report_to: Literal["none", "tensorboard"] = Field("none", description="Where else to send the metrics.")
 
     @model_validator(mode="after")
@@ -115,7 +141,9 @@ class RunConfig(AgzoConfig):
         if self.refresh_every and self.warmup_steps >= self.max_steps > 1:
             faults.append(f"warmup_steps is {self.warmup_steps}, and the run has only {self.max_steps} steps")
         if self.micro_batch_size and self.micro_batch_size > self.batch_size:
-            faults.append(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
+            faults.append(
+                f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -4,8 +4,8 @@ A child asks, a pirate brags. The grammar is as small as it is because the model
 learn it from about 500 forward-only steps, which is enough for a voice and not for facts.
 
 * Subjects and boasts are single tokens of the model's vocabulary, so that an answer is made of whole
-  words; `gold` and `captain`, of two tokens each, came out as halves (`goth`, `cath`).
-* One opening and one closing: with two of each, a trial lowered the held-out loss by 83 % and not 91 %.
+  words; with boasts of two tokens (gold, king, captain) halves of words came out: `cath`, `bone`.
+* One opening and one closing: in a trial with two of each the held-out loss fell by 83 %, not by 91 %.
 * The boast follows from the kind of question, and the subject is the question's own.
 * A pair of kind and subject is held out as a whole, in all its wordings, so neither a question nor an
   answer of the held-out file stands in the training file.
@@ -28,14 +28,14 @@ QUESTIONS_BY_BOAST = {
     "star": ("Can I see the {}?", "May I have the {}?", "Can we play with the {}?", "Show me the {}."),
 }
 
-# Words that the untrained model already tends to repeat from a question, the strongest of 150 tried.
+# Taken from the words that the untrained model, of 130 tried, is most inclined to repeat from a question.
 SUBJECTS = (
     *("bear", "bird", "boat", "book", "box", "boy", "car", "cat", "dog", "doll", "door", "fish", "flower"),
     *("garden", "girl", "hat", "hill", "horse", "lady", "letter", "mother", "rabbit", "rain", "river"),
     *("rock", "toy", "tree", "truck"),
 )
 
-HELD_OUT_EVERY = 10  # pairs; prime to neither count, yet it meets every kind and 14 of the subjects
+HELD_OUT_EVERY = 10  # of the 168 pairs 16, some of every kind, in four wordings each: 64 rows
 
 
 def training_and_held_out() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

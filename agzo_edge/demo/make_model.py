@@ -1,7 +1,7 @@
 """Write the demo's model: `python -m agzo_edge.demo.make_model TINY_NOVELS_DIR`.
 
 The source model saw <|endoftext|> at the end of each document and never saw <|im_end|>: that token's
-embedding lay among fifty others that no text had moved, at a cosine of 1.0, and as the output head is
+embedding lay among many others that no text had moved, at a cosine of 1.0, and as the output head is
 the same matrix, no low-rank change of the layers could have told them apart: answers never ended.
 So the two rows change places. What the model knows of an end now belongs to <|im_end|>; every other
 number is the source's.

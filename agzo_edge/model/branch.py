@@ -6,15 +6,20 @@
 A branch is plain tensors, so replay can rebuild an adapter without a model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from agzo_edge.errors import AdapterError, numbered
-from agzo_edge.numerics.basis import starting_basis
+from agzo_edge.model.weights import HeldWeight
+from agzo_edge.numerics.basis import activation_basis, starting_basis
 from agzo_edge.numerics.lowrank import LowRank, compressed, zero_lowrank
+
+EXTRACTION_STEPS = (
+    12  # of subspace iteration: a trained change's spectrum falls fast, six already do (tested)
+)
 
 
 @dataclass
@@ -44,6 +49,7 @@ class Branch:
     moments: list[Tensor] = field(default_factory=list)  # the optimizer's state, shaped like c
     scale: float = 1.0  # s: rms of y over rms length of Aᵀx; 1 when perturbations are absolute
     steps_in_window: int = 0  # updates that c holds; 0 says that c is zero
+    held: HeldWeight | None = None  # the weight that windows are written into, when it is held dequantized
     _cast: tuple[torch.dtype, int, Tensor, LowRank] | None = None  # what `factors` last made, and from what
 
     @property
@@ -54,6 +60,17 @@ class Branch:
     def learned(self) -> LowRank:
         """The weight change so far: the folded windows and the present one."""
         return self.folded.plus(LowRank(self.c, self.group.basis))
+
+    def result(self, rank: int) -> LowRank:
+        """The weight change so far at no more than `rank`: from the held weight, its leading directions."""
+        if self.held is None:
+            return compressed(self.learned(), rank)[0]
+        change = self.held.change() + self.learned().dense()
+        rank = min(rank, *self.shape)
+        basis = activation_basis(
+            change, starting_basis(self.shape[1], rank).to(change.device), n_iter=EXTRACTION_STEPS
+        )
+        return LowRank(change @ basis, basis)
 
     def factors(self, dtype: torch.dtype) -> LowRank | None:
         """The learned change in `dtype` for the forward, kept until it changes; None while it is nothing."""
@@ -68,13 +85,16 @@ class Branch:
         self._cast = (dtype, self.steps_in_window, self.folded.c, factors)
         return factors
 
-    def fold(self, *, keep_rank: int) -> float:
-        """Move the window into the folded sum; the share of energy that a compression left out.
+    def fold(self, *, keep_rank: int, random_bits: Callable[[], Tensor]) -> float:
+        """Move the window into the folded sum, or into the held weight; the energy that a compression left out.
 
         The sum is compressed only when it is twice as wide as it may stay: the SVD is then rare.
         """
         if self.steps_in_window:
-            self.folded = self.learned()
+            if self.held is None:
+                self.folded = self.learned()
+            else:
+                self.held.add_(LowRank(self.c, self.group.basis).dense(), random_bits())
             self.c = torch.zeros_like(self.c)
             self.steps_in_window = 0
         if self.folded.rank <= 2 * keep_rank:

@@ -1,6 +1,7 @@
 """The one place that knows which machine we compute on."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from agzo_edge.errors import ConfigError
 
+SMALL_MODEL_PARAMETERS = 50_000_000
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -21,7 +23,9 @@ def chosen_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', and torch sees no CUDA device here: use --device cpu, or see doctor")
+        raise ConfigError(
+            "device is 'cuda', and torch sees no CUDA device here: use --device cpu, or see doctor"
+        )
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
@@ -32,6 +36,18 @@ def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def use_threads(n_threads: int, *, n_parameters: int) -> None:
+    """Let torch compute with `n_threads` CPU threads; 0 chooses one for a small model, and else changes nothing.
+
+    Handing a matmul of a few hundred columns to several threads costs more than the matmul (measured on two
+    cores: docs/decisions/0004). A result's last bits depend on the number, so a run keeps to one.
+    """
+    if n_threads == 0 and n_parameters < SMALL_MODEL_PARAMETERS:
+        n_threads = 1
+    if n_threads:
+        torch.set_num_threads(n_threads)
 
 
 def sync(device: torch.device) -> None:
@@ -84,6 +100,8 @@ def exact_attention(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts its own rules, and warns of it
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.MATH):

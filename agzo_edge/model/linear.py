@@ -13,6 +13,8 @@ from agzo_edge.model.weights import BaseWeight
 class FrozenLinear(nn.Module):
     """y = W x + b with W dequantized for the one matmul; never a gradient, never a write."""
 
+    bias: Tensor | None
+
     def __init__(self, weight: BaseWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.base = weight

@@ -12,11 +12,11 @@ from torch import nn
 
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, numbered
-from agzo_edge.model.device import chosen_device, chosen_dtype
+from agzo_edge.model.device import chosen_device, chosen_dtype, use_threads
 from agzo_edge.model.linear import BranchedLinear, FrozenLinear
 from agzo_edge.model.passes import PassContext
 from agzo_edge.model.runtime import EdgeModel, attach_branches
-from agzo_edge.model.weights import DenseWeight, base_weight_of, is_linear
+from agzo_edge.model.weights import HeldWeight, base_weight_of, is_linear
 
 
 def load_model(source: str, config: RunConfig) -> EdgeModel:
@@ -33,13 +33,23 @@ def load_model(source: str, config: RunConfig) -> EdgeModel:
     context = PassContext(power_iterations=config.power_iterations, relative=config.relative)
     targets = target_names(network, config.target_modules, source=source)
     layers = {name: module for name, module in network.named_modules() if is_linear(module)}
-    transposed = any("Conv1D" in (type(m).__name__, getattr(m, "source_cls", nn.Linear).__name__) for m in layers.values())
+    transposed = any(
+        "Conv1D" in (type(m).__name__, getattr(m, "source_cls", nn.Linear).__name__) for m in layers.values()
+    )
     for name, module in layers.items():
         network.set_submodule(name, _replacement(module, name, name in targets, context, config, dtype))
     network.requires_grad_(False).eval()
     model = EdgeModel(network, tokenizer, device, dtype, context, source, branches=[], transposed=transposed)
+    use_threads(
+        config.threads, n_parameters=sum(b.out_features * b.in_features for b in frozen_layers(network))
+    )
     attach_branches(model, rank=config.rank)
     return model
+
+
+def frozen_layers(network: nn.Module) -> list[FrozenLinear]:
+    """Our linear layers in the network."""
+    return [module for module in network.modules() if isinstance(module, FrozenLinear)]
 
 
 def load_tokenizer(source: str, config: RunConfig) -> Any:
@@ -58,17 +68,19 @@ def _pretrained(source: str, config: RunConfig, *, device: torch.device, dtype: 
 
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     try:
+        quantization = quantization_of(source, config, dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # loaders warn about what is checked below
             network, info = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
                 device_map={"": str(device)},
-                quantization_config=quantization_of(source, config, dtype),
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
+                # given as None it would hide what the checkpoint says
+                **({"quantization_config": quantization} if quantization else {}),
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source}: cannot be loaded: {_reason(error)}") from None
@@ -88,13 +100,21 @@ def _refuse_incomplete(info: Any, source: str) -> None:
 
 
 def quantization_of(source: str, config: RunConfig, dtype: torch.dtype) -> Any:
-    """The bitsandbytes configuration that `config` asks for; None keeps what the checkpoint says."""
+    """The bitsandbytes configuration that `config` asks for; None keeps what the checkpoint says.
+
+    Raises ModelError for a checkpoint quantized by something else.
+    """
     from transformers import AutoConfig, BitsAndBytesConfig
 
     stored = getattr(
-        AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code), "quantization_config", None
+        AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code),
+        "quantization_config",
+        None,
     )
     if stored is not None:
+        method = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
+        if method != "bitsandbytes":
+            raise ModelError(f"{source}: is quantized by {method}; only bitsandbytes can be read")
         return None
     if config.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -120,7 +140,9 @@ def target_names(network: Any, wanted: Sequence[str] | None, *, source: str) -> 
     matches = {w: {name for name in names if name == w or name.endswith(f".{w}")} for w in wanted}
     if missing := [w for w, found in matches.items() if not found]:
         kinds = sorted({re.sub(r".*\.", "", name) for name in names})
-        raise ModelError(f"{source}: no linear layer matches {', '.join(missing)}; there are {', '.join(kinds)}")
+        raise ModelError(
+            f"{source}: no linear layer matches {', '.join(missing)}; there are {', '.join(kinds)}"
+        )
     return set().union(*matches.values())
 
 
@@ -130,7 +152,7 @@ def _replacement(
     """Our layer for `module`: with a branch when it is a target."""
     weight = base_weight_of(module, name=name, dtype=dtype)
     if is_target and config.target == "dequantized":
-        weight = DenseWeight(weight.dense().clone())
+        weight = HeldWeight(weight, dtype=dtype)
     bias: Any = module.bias
     bias = None if bias is None else bias.data
     return BranchedLinear(weight, bias, context=context) if is_target else FrozenLinear(weight, bias)
@@ -160,4 +182,3 @@ def _reason(error: Exception) -> str:
     if "no file named model.safetensors" in text:
         return "it holds no safetensors file, and no other kind (.bin, .pt) is read"
     return text.strip().split("\n")[0] or type(error).__name__
-

@@ -12,6 +12,7 @@ from agzo_edge.errors import ModelError
 from agzo_edge.model.branch import Branch, InputGroup, make_branches
 from agzo_edge.model.linear import BranchedLinear, FrozenLinear
 from agzo_edge.model.passes import PassContext, Refresh
+from agzo_edge.model.weights import HeldWeight
 
 PROBE_TOKENS = 6  # enough for every operation to run; small enough to cost nothing
 
@@ -55,7 +56,9 @@ class EdgeModel:
     @property
     def groups(self) -> list[InputGroup]:
         """The input groups, in order."""
-        return sorted({branch.group.index: branch.group for branch in self.branches}.values(), key=lambda g: g.index)
+        return sorted(
+            {branch.group.index: branch.group for branch in self.branches}.values(), key=lambda g: g.index
+        )
 
     @property
     def layers(self) -> dict[str, BranchedLinear]:
@@ -111,6 +114,7 @@ def attach_branches(model: EdgeModel, *, rank: int) -> None:
     model.branches = make_branches(layers, widths, rank=rank, device=model.device)
     for branch, layer in zip(model.branches, model.layers.values(), strict=True):
         layer.branch = branch
+        branch.held = layer.base if isinstance(layer.base, HeldWeight) else None
 
 
 def _layer_inputs(model: EdgeModel) -> dict[str, Tensor]:
@@ -137,6 +141,7 @@ def _layer_inputs(model: EdgeModel) -> dict[str, Tensor]:
         raise ModelError(f"{model.source}: is no causal language model: its tokens see the ones after them")
     if not torch.allclose(ours.float(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
         kind = type(model.network).__name__
-        raise ModelError(f"{model.source}: {kind} does more to its logits than its head: it cannot be trained here")
+        raise ModelError(
+            f"{model.source}: {kind} does more to its logits than its head: it cannot be trained here"
+        )
     return inputs
-

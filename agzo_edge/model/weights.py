@@ -6,12 +6,14 @@ A weight is dequantized, used by one matmul and dropped; what is stored is only 
 """
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from agzo_edge.errors import ModelError
+from agzo_edge.numerics.update import stochastically_rounded
 
 
 class BaseWeight(Protocol):
@@ -44,6 +46,38 @@ class DenseWeight:
         yield "weight", self.weight
 
 
+class HeldWeight:
+    """A weight held dequantized, which a window's change is written into (target = dequantized).
+
+    Kept in bfloat16 or float32: float16 has too few bits for what a window adds, and its range too.
+    The stored form stays beside it, 1/4 of it or less, so that the change can be told at the end.
+    """
+
+    def __init__(self, origin: BaseWeight, *, dtype: torch.dtype) -> None:
+        self.origin = origin
+        self.dtype = dtype
+        self.shape = origin.shape
+        kept = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+        self.weight = origin.dense().to(kept, copy=True)
+
+    def dense(self) -> Tensor:
+        """The weight in the compute dtype."""
+        return self.weight.to(self.dtype)
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """What it was dequantized from, which stays as it is."""
+        return self.origin.stored()
+
+    def add_(self, change: Tensor, random_bits: Tensor) -> None:
+        """Add a float32 change (out_features, in_features); stochastic rounding keeps small ones in bfloat16."""
+        summed = self.weight.float() + change
+        self.weight.copy_(stochastically_rounded(summed, self.weight.dtype, random_bits=random_bits))
+
+    def change(self) -> Tensor:
+        """What was added since the start, (out_features, in_features) float32."""
+        return self.weight.float() - self.origin.dense().float()
+
+
 class FourBitWeight:
     """A bitsandbytes NF4 or FP4 weight: packed nibbles and a float32 scale for each block of 64."""
 
@@ -57,8 +91,36 @@ class FourBitWeight:
         """The dequantized weight, a fresh tensor."""
         from bitsandbytes.functional import dequantize_4bit
 
-        weight: Tensor = dequantize_4bit(self.packed, self.state)
-        return weight
+        if self.packed.is_cuda or self.shape[1] % self.state.blocksize == 0:
+            weight: Tensor = dequantize_4bit(self.packed, self.state)
+            return weight
+        return self._dense_by_blocks()
+
+    def _dense_by_blocks(self) -> Tensor:
+        """The same where rows and blocks do not end together.
+
+        Blocks run on through the rows, and bitsandbytes' CPU kernel (0.50.2) begins a new one with every row:
+        a quarter of the weight would be scaled wrongly. Taken as one row for each block, it is right; what is
+        left over at the end is a row of its own.
+        """
+        from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+
+        state, size = self.state, self.state.blocksize
+        absmax = state.absmax
+        if state.nested:
+            absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+        n_values = self.shape[0] * self.shape[1]
+        whole = n_values // size
+        flat = torch.empty(n_values, dtype=state.dtype)
+        packed = self.packed.view(torch.uint8).view(-1)
+        parts = [(whole, size, slice(0, whole * size)), (1, n_values % size, slice(whole * size, n_values))]
+        for rows, width, place in parts:
+            if rows and width:
+                blocks = slice(place.start // size, -(-place.stop // size))
+                part = copy(state)
+                part.shape, part.absmax, part.nested = torch.Size((rows, width)), absmax[blocks], False
+                flat[place] = dequantize_4bit(packed[place.start // 2 : -(-place.stop // 2)], part).view(-1)
+        return flat.view(self.shape)
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """The packed nibbles and their scales, the nested ones too."""
@@ -98,7 +160,9 @@ def base_weight_of(module: nn.Module, *, name: str, dtype: torch.dtype) -> BaseW
     weight: Any = module.weight
     if kind == "Linear4bit":
         if weight.quant_state is None:
-            raise ModelError(f"{name}: the 4-bit layer carries no quantization state; is the checkpoint whole?")
+            raise ModelError(
+                f"{name}: the 4-bit layer carries no quantization state; is the checkpoint whole?"
+            )
         return FourBitWeight(weight.data, weight.quant_state, dtype=dtype)
     if kind == "Linear8bitLt":
         rows = weight.CB if weight.CB is not None else weight.data

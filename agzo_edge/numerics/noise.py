@@ -15,6 +15,7 @@ from torch import Tensor
 
 WORDS_PER_BLOCK = 4  # one Philox4x64 counter value yields four 64-bit words
 BITS_PER_WORD = 64
+ROUNDING_LAYERS = 2**32  # added to a layer's number: roundings share no random word with the noise
 
 NoiseKind = Literal["sign", "gaussian"]
 
@@ -36,6 +37,22 @@ def raw_words(
     generator = np.random.Philox(key=[seed, layer], counter=[first_example * n_blocks, 0, 0, step])
     words = generator.random_raw(n_examples * n_blocks * WORDS_PER_BLOCK)
     return np.asarray(words, dtype=np.uint64).reshape(n_examples, -1)[:, :n_words]
+
+
+def rounding_bits(
+    shape: tuple[int, int],
+    *,
+    seed: int,
+    step: int,
+    layer: int,
+) -> Tensor:  # `shape`, int32 in [0, 2**16)
+    """The random bits of one stochastic rounding, drawn beside the noise of that layer and step."""
+    n_values = shape[0] * shape[1]
+    words = raw_words(
+        -(-n_values // 4), seed=seed, step=step, layer=layer + ROUNDING_LAYERS, first_example=0, n_examples=1
+    )
+    halves = np.ascontiguousarray(words.astype("<u8", copy=False)).view("<u2").reshape(-1)[:n_values]
+    return torch.from_numpy(halves.astype(np.int32)).reshape(shape)
 
 
 def sign_bits(shape: tuple[int, int, int], **key: int) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 from agzo_edge.config import AgzoConfig
 from agzo_edge.model.branch import Branch
 from agzo_edge.numerics.estimate import Spread, clipped, gradient_estimate
-from agzo_edge.numerics.lowrank import LowRank, compressed
-from agzo_edge.numerics.noise import draw_noise
+from agzo_edge.numerics.lowrank import LowRank
+from agzo_edge.numerics.noise import draw_noise, rounding_bits
 from agzo_edge.numerics.update import N_MOMENTS, direction_, reprojected, scheduled_rate
 
 
@@ -48,17 +48,23 @@ class Learner:
         try:
             yield
         except BaseException:
-            for b, state in zip(self.branches, before, strict=True):
-                b.folded, b.c, b.steps_in_window, b.group.basis, b.scale = state
+            for b, (folded, c, steps, basis, scale) in zip(self.branches, before, strict=True):
+                b.group.basis, b.scale = basis, scale
+                if b.held is None:  # a window written into a held weight stays there, and c is empty
+                    b.folded, b.c, b.steps_in_window = folded, c, steps
             raise
 
-    def close_window(self) -> float:
-        """Fold every branch's window; the largest share of energy that a compression left out."""
+    def close_window(self, step: int) -> float:
+        """Fold every branch's window before `step`; the largest share of energy that a compression left out."""
         self._old_bases = {branch.group.index: branch.group.basis for branch in self.branches}
-        return max(self._fold(branch) for branch in self.branches)
+        return max(self._fold(branch, step) for branch in self.branches)
 
-    def _fold(self, branch: Branch) -> float:
-        return branch.fold(keep_rank=self.config.adapter_rank)
+    def _fold(self, branch: Branch, step: int) -> float:
+        def random_bits() -> Tensor:
+            bits = rounding_bits(branch.shape, seed=self.config.seed, step=step, layer=branch.index)
+            return bits.to(branch.c.device)
+
+        return branch.fold(keep_rank=self.config.adapter_rank, random_bits=random_bits)
 
     def open_window(self) -> None:
         """Carry the optimizer's state into the new bases, once they are found."""
@@ -119,7 +125,7 @@ class Learner:
 
     def adapter(self) -> Mapping[str, LowRank]:
         """What was learned, layer by layer, at most `adapter_rank` wide."""
-        return {b.name: compressed(b.learned(), self.config.adapter_rank)[0] for b in self.branches}
+        return {branch.name: branch.result(self.config.adapter_rank) for branch in self.branches}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, as tensors by name; `restore` takes it back bit for bit."""
@@ -142,13 +148,15 @@ class Learner:
             device = branch.c.device
             branch.scale, branch.steps_in_window = scale, int(steps)
             branch.group.basis = tensors[f"basis.{branch.group.index}"].to(device)
-            here = {name: tensors[f"{name}.{branch.index}"].to(device) for name in ("folded_c", "folded_a", "c")}
+            names = ("folded_c", "folded_a", "c")
+            here = {name: tensors[f"{name}.{branch.index}"].to(device, copy=True) for name in names}
             branch.folded, branch.c = LowRank(here["folded_c"], here["folded_a"]), here["c"]
             n_moments = N_MOMENTS[self.config.optimizer]
-            branch.moments = [tensors[f"moment_{i}.{branch.index}"].to(device) for i in range(n_moments)]
+            moments = [f"moment_{i}.{branch.index}" for i in range(n_moments)]
+            branch.moments = [tensors[name].to(device, copy=True) for name in moments if name in tensors]
 
 
 def _tensors_of(branch: Branch) -> dict[str, Tensor]:
-    """A branch's learned tensors by name."""
-    tensors = {"folded_c": branch.folded.c, "folded_a": branch.folded.a, "c": branch.c}
-    return tensors | {f"moment_{i}": moment for i, moment in enumerate(branch.moments)}
+    """A branch's learned tensors by name; copies of those that a step changes in place."""
+    tensors = {"folded_c": branch.folded.c, "folded_a": branch.folded.a, "c": branch.c.clone()}
+    return tensors | {f"moment_{i}": moment.clone() for i, moment in enumerate(branch.moments)}

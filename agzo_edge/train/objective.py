@@ -30,9 +30,11 @@ def loss_of(
     dequantized once, and both signs meet the same kernels.
     """
     exact = perturbation is not None and perturbation.exact
-    with model.context.running(
-        mask=batch.attention_mask.bool(), perturbation=perturbation, refresh=refresh
-    ), exact_attention(exact), forward_ad.dual_level():
+    with (
+        model.context.running(mask=batch.attention_mask.bool(), perturbation=perturbation, refresh=refresh),
+        exact_attention(exact),
+        forward_ad.dual_level(),
+    ):
         losses = example_losses(label_scores(model, batch), batch, objective=objective)
         if not exact:
             return losses

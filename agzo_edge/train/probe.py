@@ -8,6 +8,7 @@ probes on the first batch find that place for this model, dtype and card.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,13 +27,15 @@ class MuProbe:
 
 
 def probe_mu(
-    projected_at: Callable[[float], Tensor],  # mu -> (directions,) projected gradients, the same noise each time
+    projected_at: Callable[
+        [float], Tensor
+    ],  # mu -> (directions,) projected gradients, the same noise each time
     *,
     candidates: tuple[float, ...] = CANDIDATES,
 ) -> MuProbe:
     """The candidate whose projected gradients agree best with those of both its neighbours."""
     projected = [projected_at(mu).double() for mu in candidates]
-    between = [_disagreement(a, b) for a, b in zip(projected, projected[1:], strict=False)]
+    between = [_disagreement(a, b) for a, b in pairwise(projected)]
     around = [max(between[max(i - 1, 0) : i + 1]) for i in range(len(candidates))]
     best = min(range(1, len(candidates) - 1), key=lambda i: around[i])  # an end has one neighbour to ask
     return MuProbe(candidates[best], around[best], candidates, tuple(around))

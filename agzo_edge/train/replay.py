@@ -7,7 +7,9 @@ import torch
 
 from agzo_edge.train.learner import Learner, Measurement
 
-BasesOf = Callable[[int], tuple[Mapping[int, torch.Tensor], Sequence[float]]]  # step -> bases by group, scales by layer
+BasesOf = Callable[
+    [int], tuple[Mapping[int, torch.Tensor], Sequence[float]]
+]  # step -> bases by group, scales by layer
 
 
 def replay(learner: Learner, records: Iterable[Mapping[str, Any]], bases_of: BasesOf) -> None:
@@ -18,7 +20,7 @@ def replay(learner: Learner, records: Iterable[Mapping[str, Any]], bases_of: Bas
     for record in records:
         step = int(record["step"])
         if learner.window_starts(step):
-            learner.close_window()
+            learner.close_window(step)
             take_bases(learner, *bases_of(step))
             learner.open_window()
         measured = Measurement(

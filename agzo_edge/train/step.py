@@ -44,7 +44,7 @@ def agzo_step(
     refresh = Refresh.NONE
     with learner.undone_on_error():
         if learner.window_starts(step):
-            left_out = learner.close_window()
+            left_out = learner.close_window(step)
             refresh = Refresh.IN_PASS
             if len(batches) > 1:  # the whole batch must shape the basis, not its first part
                 find_bases(model, batches, config)
@@ -105,7 +105,9 @@ def _losses(
     )
     losses = loss_of(model, on_device, objective=config.objective, perturbation=perturbation, refresh=refresh)
     if not all_finite(losses):
-        bad = [place for place, ok in zip(batch.places, losses.isfinite().all(0).tolist(), strict=True) if not ok]
+        bad = [
+            place for place, ok in zip(batch.places, losses.isfinite().all(0).tolist(), strict=True) if not ok
+        ]
         raise NonFiniteLossError(
             f"step {step}: the loss of {', '.join(bad[:5])} is not finite. Nothing was learned from this step; "
             f"try a smaller --mu (now {mu:g}), --dtype float32, or look at these rows"
@@ -138,7 +140,11 @@ def _measured(
 ) -> tuple[Measurement, float]:
     """The projected gradient of each direction and its weight, and the batch's loss."""
     weights = torch.cat([batch.weights for batch in batches])
-    at_zero = losses.mean(0) if config.difference == "central" else losses[1 if config.difference == "forward" else 0]
+    at_zero = (
+        losses.mean(0)
+        if config.difference == "central"
+        else losses[1 if config.difference == "forward" else 0]
+    )
     projected = projected_gradients(losses, mu=mu, difference=config.difference)
     if config.directions == "shared":
         projected, weights_out = (weights @ projected).reshape(1), torch.ones(1)
