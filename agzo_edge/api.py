@@ -5,7 +5,7 @@ A setting is a keyword argument with the name of a field of `RunConfig`; config.
 
 import json
 from collections.abc import Callable, Mapping
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,29 +25,35 @@ if TYPE_CHECKING:  # these load torch, which planning does without
 
 
 def resolve(
-    settings: Mapping[str, Any], *, config_file: str | Path | None = None, preset: str | None = None
+    settings: Mapping[str, Any],
+    *,
+    config_file: str | Path | None = None,
+    preset: str | None = None,
+    resume: bool = False,
 ) -> RunConfig:
     """The run that `settings` describe: built-in < preset < profile < file < `settings`.
 
-    Without a model it is the embedded demo. Raises ConfigError with every fault.
+    Without a model it is the embedded demo, in a directory of its own, or its last one to `resume`.
+    Raises ConfigError with every fault.
     """
     in_file = read_toml(Path(config_file)) if config_file else {}
     preset = preset or in_file.pop("preset", "default")
     given = in_file | {name: value for name, value in settings.items() if value is not None}
     if given.get("model") is None:
         if given.get("data") is not None:
-            raise ConfigError(
-                "data is given and no model: name one with --model, or give neither for the demo"
-            )
-        in_file = demo_settings() | {"output_dir": _unused_directory("adapters/demo")} | in_file
+            raise ConfigError("data is given and no model: name one with --model, or give neither for the demo")
+        in_file = demo_settings() | {"output_dir": _demo_directory(resume=resume)} | in_file
     machine = machine_profile(str(given.get("profile", "auto")))
     return config_from(machine.settings, in_file, settings, preset=preset)
 
 
-def _unused_directory(name: str) -> str:
-    """`name`, or `name`-2, -3, ...: the demo may run again and again."""
-    numbered = (Path(name if n == 1 else f"{name}-{n}") for n in count(1))
-    return str(next(path for path in numbered if not path.exists()))
+def _demo_directory(*, resume: bool) -> str:
+    """The first unused one of adapters/demo, adapters/demo-2, ...; to resume, the last used one."""
+    names = ("adapters/demo" if n == 1 else f"adapters/demo-{n}" for n in count(1))
+    used = list(takewhile(lambda name: Path(name).exists(), names))
+    if resume and used:
+        return used[-1]
+    return f"adapters/demo-{len(used) + 1}" if used else "adapters/demo"
 
 
 def plan(
@@ -84,7 +90,7 @@ def finetune(
     from agzo_edge.events import Finished
     from agzo_edge.session import training
 
-    config = resolve({"model": model, "data": data, **settings}, config_file=config_file, preset=preset)
+    config = resolve({"model": model, "data": data, **settings}, config_file=config_file, preset=preset, resume=resume)
     for event in training(config, resume=resume):
         if observe is not None:
             observe(event)
@@ -97,7 +103,7 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
     """A quantized model with its adapter, ready to write text: `load(...).generate(prompt)`."""
     from agzo_edge.serve.generate import TextModel
 
-    return TextModel(_loaded(resolve({"model": model, **settings}), adapter))
+    return TextModel(_loaded(resolve({"model": model or _base_of(adapter), **settings}), adapter))
 
 
 def evaluate(
@@ -107,7 +113,7 @@ def evaluate(
     from agzo_edge.train.evaluate import evaluate as evaluated
     from agzo_edge.train.examples import load_examples
 
-    config = resolve({"model": model, "data": data, **settings})
+    config = resolve({"model": model or _base_of(adapter), "data": data, **settings})
     loaded = _loaded(config, adapter)
     examples = load_examples(
         str(config.eval_data or config.data),
@@ -119,6 +125,13 @@ def evaluate(
         split="validation" if config.eval_data else "test",
     )
     return evaluated(loaded, examples.examples, objective=config.objective, batch_size=config.batch_size)
+
+
+def _base_of(adapter: str | Path | None) -> str | None:
+    """The base model that an adapter names; without an adapter none, which means the demo's."""
+    from agzo_edge.record.adapter import base_model_of
+
+    return base_model_of(Path(adapter)) if adapter else None
 
 
 def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
@@ -148,15 +161,11 @@ def replay(run_dir: str | Path, *, output: str | Path | None = None, until_step:
     require_unused(target)
     learner = Learner(branches_of(journal.header), RunConfig(**journal.header["config"]))
     done = bring_up_to(learner, directory, journal, until_step=until_step, from_start=True)
-    save_result(
-        target, learner, journal.header, card=f"Rebuilt from the journal of {directory.name}, {done} steps.\n"
-    )
+    save_result(target, learner, journal.header, card=f"Rebuilt from the journal of {directory.name}, {done} steps.\n")
     return target
 
 
-def export(
-    adapter: str | Path, *, to: str, output: str | Path, model: str | None = None, **settings: Any
-) -> Path:
+def export(adapter: str | Path, *, to: str, output: str | Path, model: str | None = None, **settings: Any) -> Path:
     """Write an adapter in another form: `peft`, `merged` (a full checkpoint) or `gguf` (for llama.cpp)."""
     from agzo_edge.serve.export import export_adapter
 

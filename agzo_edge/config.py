@@ -33,9 +33,7 @@ class AgzoConfig(BaseModel):
         ge=0,
         description="Steps in a window, during which the basis is fixed; 0 keeps the first one for ever.",
     )
-    power_iterations: int = Field(
-        3, ge=1, le=20, description="Steps of subspace iteration that find a basis (K)."
-    )
+    power_iterations: int = Field(3, ge=1, le=20, description="Steps of subspace iteration that find a basis (K).")
     mu: float | Literal["auto"] = Field(
         "auto",
         description="Perturbation size, a fraction of each layer's output; auto probes the first batch.",
@@ -47,12 +45,8 @@ class AgzoConfig(BaseModel):
     directions: Literal["example", "shared"] = Field(
         "example", description="A direction for each example of the batch, or one for all."
     )
-    relative: bool = Field(
-        True, description="Scale perturbation and step by the size of each layer's output."
-    )
-    normalize: bool = Field(
-        True, description="Divide the step by the running spread of the projected gradients."
-    )
+    relative: bool = Field(True, description="Scale perturbation and step by the size of each layer's output.")
+    normalize: bool = Field(True, description="Divide the step by the running spread of the projected gradients.")
     clip: float = Field(
         3.0,
         ge=0,
@@ -85,14 +79,10 @@ class AgzoConfig(BaseModel):
 class RunConfig(AgzoConfig):
     """A whole run: the method, and the model, data, machine and outputs around it."""
 
-    model: str | None = Field(
-        None, description="Directory or hub id of a causal language model; none runs the demo."
-    )
+    model: str | None = Field(None, description="Directory or hub id of a causal language model; none runs the demo.")
     data: str | None = Field(None, description="Training file, directory or hub id.")
     eval_data: str | None = Field(None, description="Held-out file, evaluated before, during and after.")
-    output_dir: str | None = Field(
-        None, description="Directory of the run; must be empty, or hold a run to resume."
-    )
+    output_dir: str | None = Field(None, description="Directory of the run; must be empty, or hold a run to resume.")
     adapter: str | None = Field(None, description="A PEFT LoRA directory to start from.")
     profile: str = Field("auto", description="Name or TOML file of a machine; auto detects.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
@@ -126,13 +116,9 @@ class RunConfig(AgzoConfig):
         "error", description="What to do with rows over the longest length."
     )
     batch_size: int = Field(16, ge=1, description="Examples in a step.")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="Examples in one forward pass; all by default."
-    )
+    micro_batch_size: int | None = Field(None, ge=1, description="Examples in one forward pass; all by default.")
     eval_steps: int = Field(100, ge=0, description="Evaluate every so many steps; 0 only before and after.")
-    save_steps: int = Field(
-        100, ge=0, description="Write the adapter every so many steps; 0 only at the end."
-    )
+    save_steps: int = Field(100, ge=0, description="Write the adapter every so many steps; 0 only at the end.")
     report_to: Literal["none", "tensorboard"] = Field("none", description="Where else to send the metrics.")
 
     @model_validator(mode="after")
@@ -141,12 +127,22 @@ class RunConfig(AgzoConfig):
         if self.refresh_every and self.warmup_steps >= self.max_steps > 1:
             faults.append(f"warmup_steps is {self.warmup_steps}, and the run has only {self.max_steps} steps")
         if self.micro_batch_size and self.micro_batch_size > self.batch_size:
-            faults.append(
-                f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}"
-            )
+            faults.append(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+
+class Sampling(BaseModel):
+    """How text is written, token by token."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_new_tokens: int = Field(256, ge=1, description="Longest answer in tokens.")
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; 1 samples as the model says.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that make up this share.")
+    repetition_penalty: float = Field(1.0, gt=0, description="Over 1 makes repeated tokens less likely.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampling.")
 
 
 # One shared Gaussian direction, forward difference, rank 1, a new basis every step: Algorithm 1 of the paper.

@@ -4,12 +4,14 @@ journal.jsonl                  what every step did
 bases/step-N.safetensors       what the window of step N fixed
 checkpoint-N/                  the adapter after N steps, and the learner's state
 adapter_model.safetensors ...  the result
+evaluations.json               what the held-out examples said, and when
 report.json                    what it cost and what it gave
 """
 
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,17 @@ from agzo_edge.record.adapter import LowRankPair, load_adapter, save_adapter
 from agzo_edge.record.bases import WindowBases, load_bases, save_bases
 from agzo_edge.record.files import atomic_write_bytes, atomic_write_text
 from agzo_edge.record.journal import Journal, JournalWriter, read_journal
+from agzo_edge.record.strict_json import strict_object
 from agzo_edge.record.tensors import read_tensors
 from agzo_edge.train.data import ExampleSet
+from agzo_edge.train.evaluate import Metrics
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.loop import TimedStep
 from agzo_edge.train.replay import replay
 
 JOURNAL_NAME = "journal.jsonl"
 REPORT_NAME = "report.json"
+EVALUATIONS_NAME = "evaluations.json"
 STATE_NAME = "learner_state.safetensors"
 KEPT_CHECKPOINTS = 2  # the last one, and one before it in case the disk dies under the last
 
@@ -84,9 +89,7 @@ def require_same_run(header: Mapping[str, Any], now: Mapping[str, Any], *, direc
         if then.get(name) != wanted[name]
     ]
     if then["lr_schedule"] != "constant" and then["max_steps"] != wanted["max_steps"]:
-        faults.append(
-            f"max_steps was {then['max_steps']}, and the {then['lr_schedule']} schedule depends on it"
-        )
+        faults.append(f"max_steps was {then['max_steps']}, and the {then['lr_schedule']} schedule depends on it")
     if faults:
         raise AdapterError(f"{directory}: this run cannot be resumed:\n" + numbered(faults))
 
@@ -117,9 +120,7 @@ def keep_step(directory: Path, journal: JournalWriter, timed: TimedStep, learner
 def branches_of(header: Mapping[str, Any], *, device: torch.device | str = "cpu") -> list[Branch]:
     """Untouched branches for the layers that a journal's header names: a replay needs no model."""
     layers = [(str(name), int(out_features), int(group)) for name, out_features, group in header["layers"]]
-    return make_branches(
-        layers, header["group_in_features"], rank=int(header["config"]["rank"]), device=device
-    )
+    return make_branches(layers, header["group_in_features"], rank=int(header["config"]["rank"]), device=device)
 
 
 def bring_up_to(
@@ -137,6 +138,7 @@ def bring_up_to(
     """
     end = journal.next_step if until_step is None else min(until_step, journal.next_step)
     first = 0
+    from_start = from_start or learner.config.target == "dequantized"  # a checkpoint has no held weights
     for step in reversed(checkpoint_steps(directory)):
         if step <= (0 if from_start else end):
             learner.restore(read_tensors(checkpoint_path(directory, step) / STATE_NAME))
@@ -159,15 +161,11 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def checkpoint_steps(directory: Path) -> list[int]:
     """The steps of the whole checkpoints in `directory`, ascending."""
-    names = (
-        path.parent.name.removeprefix("checkpoint-") for path in directory.glob(f"checkpoint-*/{STATE_NAME}")
-    )
+    names = (path.parent.name.removeprefix("checkpoint-") for path in directory.glob(f"checkpoint-*/{STATE_NAME}"))
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def save_checkpoint(
-    directory: Path, learner: Learner, header: Mapping[str, Any], *, step: int, card: str
-) -> Path:
+def save_checkpoint(directory: Path, learner: Learner, header: Mapping[str, Any], *, step: int, card: str) -> Path:
     """Leave the adapter and the learner's state after `step` steps; old checkpoints make room.
 
     The state comes last: a checkpoint without it does not count.
@@ -209,6 +207,23 @@ def load_changes(directory: Path) -> dict[str, LowRank]:
 def write_report(directory: Path, report: Mapping[str, Any]) -> None:
     """Leave report.json."""
     atomic_write_text(directory / REPORT_NAME, json.dumps(report, indent=2) + "\n")
+
+
+def keep_evaluations(directory: Path, evaluations: Mapping[int, Metrics]) -> None:
+    """Leave what every evaluation found, so that a resumed run still knows where it came from."""
+    found = {str(step): asdict(metrics) for step, metrics in sorted(evaluations.items())}
+    atomic_write_text(directory / EVALUATIONS_NAME, json.dumps(found, indent=2) + "\n")
+
+
+def kept_evaluations(directory: Path) -> dict[int, Metrics]:
+    """What the evaluations of the run found, by step. Raises AdapterError for a damaged file."""
+    path = directory / EVALUATIONS_NAME
+    if not path.is_file():
+        return {}
+    try:
+        return {int(step): Metrics(**metrics) for step, metrics in strict_object(path.read_bytes()).items()}
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from None
 
 
 def read_run(directory: Path) -> Journal:

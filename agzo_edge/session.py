@@ -13,7 +13,7 @@ from agzo_edge import __version__, demo
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import model_facts
 from agzo_edge.budget.plan import fitted_run
-from agzo_edge.config import RunConfig
+from agzo_edge.config import RunConfig, Sampling
 from agzo_edge.errors import ConfigError
 from agzo_edge.events import (
     DataReady,
@@ -37,7 +37,9 @@ from agzo_edge.rundir import (
     JOURNAL_NAME,
     bring_up_to,
     header_of,
+    keep_evaluations,
     keep_step,
+    kept_evaluations,
     load_changes,
     read_run,
     require_same_run,
@@ -48,7 +50,7 @@ from agzo_edge.rundir import (
 )
 from agzo_edge.scalars import with_tensorboard
 from agzo_edge.serve.dequantized import save_dense_model
-from agzo_edge.serve.generate import Sampling, TextModel
+from agzo_edge.serve.generate import TextModel
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.evaluate import Metrics, evaluate
 from agzo_edge.train.examples import load_examples
@@ -149,6 +151,7 @@ class _Session:
         self.out.mkdir(parents=True, exist_ok=True)
         with RunLock(self.out), JournalWriter.create(self.out / JOURNAL_NAME, header) as journal:
             learner = Learner(self.model.branches, self.config)
+            keep_evaluations(self.out, self.evaluations)
             if self.config.adapter:  # a replay must know what the run began with
                 save_checkpoint(self.out, learner, header, step=0, card=self._card())
             yield from self._trained(learner, journal, header, mu=mu)
@@ -161,6 +164,7 @@ class _Session:
             header = begun.header
             now = header_of(self.config, self.model, self.data, mu=header["mu"])
             require_same_run(header, now, directory=self.out)
+            self.evaluations = kept_evaluations(self.out)
             learner = Learner(self.model.branches, self.config)
             first_step = bring_up_to(learner, self.out, begun)
             yield self._ready(first_step)
@@ -184,9 +188,7 @@ class _Session:
                 if _is_due(done, self.config.eval_steps):
                     yield from self._evaluated(done)
                 if _is_due(done, self.config.save_steps) and done < self.config.max_steps:
-                    yield Saved(
-                        done, save_checkpoint(self.out, learner, header, step=done, card=self._card())
-                    )
+                    yield Saved(done, save_checkpoint(self.out, learner, header, step=done, card=self._card()))
         except GeneratorExit:
             save_checkpoint(self.out, learner, header, step=done, card=self._card())
             raise
@@ -226,6 +228,8 @@ class _Session:
             batch_size=self._rows_at_once(),
         )
         self.evaluations[step] = metrics
+        if self.out.exists():  # before the first step nothing is written
+            keep_evaluations(self.out, self.evaluations)
         yield Evaluated(step, metrics)
 
     def _rows_at_once(self) -> int:

@@ -31,9 +31,7 @@ def parse_bytes(text: str) -> int:
     if not unit:
         raise ValueError(f"{text!r} has no unit: write {number}GiB or {number}MiB")
     if unit.upper() not in _BYTES_PER_UNIT:
-        raise ValueError(
-            f"{text!r} has an unknown unit {unit!r}: use B, KiB, MiB, GiB, TiB, KB, MB, GB or TB"
-        )
+        raise ValueError(f"{text!r} has an unknown unit {unit!r}: use B, KiB, MiB, GiB, TiB, KB, MB, GB or TB")
     n_bytes = round(float(number) * _BYTES_PER_UNIT[unit.upper()])
     if n_bytes <= 0:
         raise ValueError(f"{text!r} is not a positive amount of memory")

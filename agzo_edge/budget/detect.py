@@ -152,9 +152,7 @@ def usable_host_bytes() -> int:
     return int(CPU_SHARE * min(available))
 
 
-def cgroup_memory(
-    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> list[tuple[int, int]]:
+def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
     """(limit, used) bytes of each control group that bounds this process's memory, version 1 or 2.
 
     A container sees its own group as the root; outside one, every ancestor of our group counts.

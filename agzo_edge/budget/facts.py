@@ -68,9 +68,7 @@ class ModelFacts:
         chosen = {name: shape for name, shape in self.linears.items() if f".{name}".endswith(suffixes)}
         if not chosen:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in self.linears})
-            raise ModelError(
-                f"{self.source}: no layer matches {', '.join(wanted)}; there are {', '.join(kinds)}"
-            )
+            raise ModelError(f"{self.source}: no layer matches {', '.join(wanted)}; there are {', '.join(kinds)}")
         return chosen
 
 
@@ -146,9 +144,7 @@ def _size(config: Mapping[str, Any], source: str, *names: str) -> int:
     """The first of `names` that config.json gives. Raises ModelError when none is a positive number."""
     value = next((config[name] for name in names if config.get(name) is not None), None)
     if type(value) is not int or value <= 0:
-        raise ModelError(
-            f"{source}: not a causal language model: config.json gives {' or '.join(names)} as {value!r}"
-        )
+        raise ModelError(f"{source}: not a causal language model: config.json gives {' or '.join(names)} as {value!r}")
     return value
 
 
@@ -162,13 +158,9 @@ def _linear_layers(checkpoint: Checkpoint, *, hidden: int) -> dict[str, tuple[in
             continue
         shape = (tensor.shape[0], tensor.shape[1])
         if f"{name}.absmax" in checkpoint.tensors:
-            shape = checkpoint.true_shapes.get(name) or _unpacked_shape(
-                layer, 2 * tensor.n_bytes, hidden=hidden
-            )
+            shape = checkpoint.true_shapes.get(name) or _unpacked_shape(layer, 2 * tensor.n_bytes, hidden=hidden)
             if (shape[0] * shape[1] + 1) // 2 != tensor.n_bytes:
-                faults.append(
-                    f"{name}: {tensor.n_bytes} bytes are not {shape[0]} x {shape[1]} weights of 4 bit"
-                )
+                faults.append(f"{name}: {tensor.n_bytes} bytes are not {shape[0]} x {shape[1]} weights of 4 bit")
         elif _is_conv1d(checkpoint):
             # Stored (in, out); once quantized it is an ordinary layer.
             shape = (tensor.shape[1], tensor.shape[0])

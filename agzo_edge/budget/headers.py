@@ -81,9 +81,7 @@ def read_json(file: Path, *, source: str) -> dict[str, Any]:
     """The JSON object in `file`. Raises ModelError when there is none."""
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(
-                f"{source}: {file.name} has more than {MAX_JSON_BYTES} bytes: not what it claims to be"
-            )
+            raise ModelError(f"{source}: {file.name} has more than {MAX_JSON_BYTES} bytes: not what it claims to be")
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{source}: no {file.name} in it: is it the directory of a model?") from None

@@ -98,9 +98,7 @@ def window(job: Job) -> Component:
     bases = 2 * basis_entries(job)
     n_moments = MOMENTS[job.config.optimizer]
     coefficients = (1 + n_moments) * sum(out * min(rank, inp) for out, inp in job.targets.values())
-    formula = (
-        f"rank {rank} x 4 B x (2 bases of each input, coefficients and {n_moments} moments of each layer)"
-    )
+    formula = f"rank {rank} x 4 B x (2 bases of each input, coefficients and {n_moments} moments of each layer)"
     return Component("window", (bases + coefficients) * FLOAT32_BYTES, "device", formula)
 
 

@@ -41,9 +41,7 @@ def memory_plan(
 
     Raises ModelError when target_modules matches no layer.
     """
-    predict = partial(
-        _predicted, facts, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens
-    )
+    predict = partial(_predicted, facts, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
     plan = predict(config)
     return replace(plan, changes=_changes(plan, _cheaper(config, facts, profile), predict))
 

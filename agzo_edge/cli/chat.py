@@ -8,7 +8,8 @@ from rich.text import Text
 from agzo_edge.errors import ModelError
 
 if TYPE_CHECKING:
-    from agzo_edge.serve.generate import Sampling, TextModel
+    from agzo_edge.config import Sampling
+    from agzo_edge.serve.generate import TextModel
 
 
 def converse(model: "TextModel", sampling: "Sampling", console: Console) -> None:

@@ -43,6 +43,4 @@ def write_json(value: Any) -> None:
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     fixed = not stream.isatty() and "COLUMNS" not in os.environ
-    return Console(
-        stderr=stderr, width=FILE_COLUMNS if fixed else None, highlight=False, markup=False, emoji=False
-    )
+    return Console(stderr=stderr, width=FILE_COLUMNS if fixed else None, highlight=False, markup=False, emoji=False)

@@ -53,9 +53,7 @@ def panel_of(name: str) -> str:
 def flag(name: str, field: FieldInfo) -> inspect.Parameter:
     """The flag of a field, as a parameter that typer reads."""
     kind, metavar = _kind_of(field.annotation)
-    option = typer.Option(
-        help=_help_of(field), metavar=metavar, rich_help_panel=panel_of(name), show_default=False
-    )
+    option = typer.Option(help=_help_of(field), metavar=metavar, rich_help_panel=panel_of(name), show_default=False)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]  # a value, no type
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -109,13 +107,9 @@ def _word(kind: Any) -> str:
 
 def _help_of(field: FieldInfo) -> str:
     """The description, with the default and the range where there are any."""
-    notes = (
-        [", ".join(map(str, get_args(field.annotation)))] if get_origin(field.annotation) is Literal else []
-    )
+    notes = [", ".join(map(str, get_args(field.annotation)))] if get_origin(field.annotation) is Literal else []
     notes += [] if field.default is None else [f"default: {_spelled(field.default)}"]
-    limits = (
-        (word, getattr(limit, bound, None)) for limit in field.metadata for bound, word in _LIMITS.items()
-    )
+    limits = ((word, getattr(limit, bound, None)) for limit in field.metadata for bound, word in _LIMITS.items())
     span = " ".join(word.format(_spelled(limit)) for word, limit in limits if limit is not None)
     notes += [span] if span else []
     return f"{field.description} [dim]\\[{'; '.join(notes)}][/dim]" if notes else str(field.description)
@@ -130,9 +124,7 @@ def _spelled(value: object) -> str:
 
 
 def _is_names(name: str) -> bool:
-    return (
-        name in RunConfig.model_fields and _kind_of(RunConfig.model_fields[name].annotation)[1] == "NAME,NAME"
-    )
+    return name in RunConfig.model_fields and _kind_of(RunConfig.model_fields[name].annotation)[1] == "NAME,NAME"
 
 
 def _names(text: str) -> tuple[str, ...]:

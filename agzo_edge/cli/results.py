@@ -26,13 +26,9 @@ def replay(
 
 def export(
     adapter: Annotated[Path, typer.Option(metavar="DIR", help="Adapter to write in another form.")],
-    to: Annotated[
-        Literal["peft", "merged", "gguf"], typer.Option(help="An adapter, a whole model, or llama.cpp's.")
-    ],
+    to: Annotated[Literal["peft", "merged", "gguf"], typer.Option(help="An adapter, a whole model, or llama.cpp's.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where it goes.")],
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR|HUB_ID", help="Base model, where it is not known.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="DIR|HUB_ID", help="Base model, where it is not known.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter in another form."""

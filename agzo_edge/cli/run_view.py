@@ -43,9 +43,7 @@ def data_line(name: str, report: "DataReport") -> Text:
     """One source in a line: rows, tokens, and what happened to the overlong ones."""
     parts = [
         f"{report.rows_used:,} rows ({report.format})",
-        f"{report.label_tokens:,} tokens to learn"
-        if name == "data"
-        else f"{report.label_tokens:,} tokens to score",
+        f"{report.label_tokens:,} tokens to learn" if name == "data" else f"{report.label_tokens:,} tokens to score",
         f"longest row {report.longest_tokens:,} tokens",
     ]
     if report.rows_truncated:
@@ -105,9 +103,7 @@ def live_view(course: Course) -> RenderableType:
     )
     if course.loss is not None:
         speed = f"{course.tokens_per_s or 0:,.0f} tokens/s"
-        grid.add_row(
-            "loss", f"{course.loss:.4f} in the last {min(RECENT_STEPS, len(course.recent))} steps", speed
-        )
+        grid.add_row("loss", f"{course.loss:.4f} in the last {min(RECENT_STEPS, len(course.recent))} steps", speed)
     if course.evaluations:
         grid.add_row("held out", Text(curve(course.held_out_losses), "cyan"), _latest(course))
     if course.planned and course.peak_bytes:

@@ -59,16 +59,13 @@ def verdict(plan: "MemoryPlan") -> Text:
     need, limit = format_bytes(plan.device_bytes), format_bytes(plan.limit_bytes)
     text = f"{need} at the peak; profile '{plan.profile_name}' allows {limit}"
     if plan.fits:
-        return Text.assemble(
-            ("fits: ", "bold green"), f"{text}, {format_bytes(plan.headroom_bytes)} to spare"
-        )
+        return Text.assemble(("fits: ", "bold green"), f"{text}, {format_bytes(plan.headroom_bytes)} to spare")
     over = f"{format_bytes(-plan.headroom_bytes)} too much"
     if plan.headroom_bytes >= 0:
         text = f"{format_bytes(plan.bytes_on('host'))} of host memory"
         over = f"{format_bytes(plan.host_limit_bytes or 0)} may be used"
     changes = [
-        f"\n  {change.flags}  saves {format_bytes(change.saved_bytes)}"
-        + (", enough alone" if change.fits else "")
+        f"\n  {change.flags}  saves {format_bytes(change.saved_bytes)}" + (", enough alone" if change.fits else "")
         for change in plan.changes
     ]
     advice = "\nwhat saves memory:" + "".join(changes) if changes else "\na smaller model is needed"
@@ -105,9 +102,7 @@ def profiles_table(profiles: Sequence["Profile"]) -> Table:
         speed = profile.memory_bandwidth_gb_s
         amounts = format_bytes(profile.memory), format_bytes(profile.budget_bytes)
         bandwidth = "-" if speed is None else f"{speed:,.0f} GB/s"
-        table.add_row(
-            profile.name, *amounts, bandwidth, "yes" if profile.bf16 else "no", Text(profile.description)
-        )
+        table.add_row(profile.name, *amounts, bandwidth, "yes" if profile.bf16 else "no", Text(profile.description))
     return table
 
 
@@ -136,9 +131,7 @@ def facts_lines(facts: Mapping[str, Any], *, indent: int = 0) -> list[Text]:
     width = max((len(_title(name)) for name, value in facts.items() if not _is_nested(value)), default=0)
     for name, value in facts.items():
         if not _is_nested(value):
-            lines.append(
-                Text.assemble(" " * indent, (f"{_title(name):{width}}", "bold"), f"  {_value(name, value)}")
-            )
+            lines.append(Text.assemble(" " * indent, (f"{_title(name):{width}}", "bold"), f"  {_value(name, value)}"))
         elif value:
             nested = (
                 value

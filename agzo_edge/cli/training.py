@@ -33,7 +33,7 @@ def train(
     if dry_run:
         show_plan(api.plan(config_file=config_file, preset=preset, **given(settings)), as_json=as_json)
         return
-    config = api.resolve(given(settings), config_file=config_file, preset=preset)
+    config = api.resolve(given(settings), config_file=config_file, preset=preset, resume=resume)
     _watched(config, context.obj, resume=resume, as_json=as_json)
 
 
@@ -56,9 +56,7 @@ def _watched(config: RunConfig, stop: "StopSignals", *, resume: bool, as_json: b
 
 
 @with_settings()
-def plan(
-    config_file: ConfigFile = None, preset: Preset = None, as_json: AsJson = False, **settings: object
-) -> None:
+def plan(config_file: ConfigFile = None, preset: Preset = None, as_json: AsJson = False, **settings: object) -> None:
     """Show the memory that `train` with the same flags would need; nothing is loaded. Alias: estimate."""
     from agzo_edge import api
 

@@ -10,6 +10,7 @@ from agzo_edge.cli.consoles import say, stdout_console, write_json
 from agzo_edge.cli.flags import Adapter, AsJson, MaxNewTokens, Prompt, Seed, Temperature, TopP
 from agzo_edge.cli.options import given, with_settings
 from agzo_edge.cli.screen import metrics_text, samples_table
+from agzo_edge.config import Sampling
 from agzo_edge.errors import UsageError
 
 
@@ -40,12 +41,9 @@ def generate(
         say(after)
 
 
-def _answer(
-    prompt: str, adapter: str | None, sampling: Mapping[str, object], settings: Mapping[str, Any]
-) -> str:
+def _answer(prompt: str, adapter: str | None, sampling: Mapping[str, object], settings: Mapping[str, Any]) -> str:
     from agzo_edge import api
     from agzo_edge.cli.quiet import hide_loading_bars
-    from agzo_edge.serve.generate import Sampling
 
     hide_loading_bars()
     return api.load(adapter=adapter, **settings).generate(prompt, sampling=Sampling(**given(sampling)))
@@ -64,7 +62,6 @@ def chat(
     from agzo_edge import api
     from agzo_edge.cli.chat import converse
     from agzo_edge.cli.quiet import hide_loading_bars
-    from agzo_edge.serve.generate import Sampling
 
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     hide_loading_bars()

@@ -17,9 +17,7 @@ from agzo_edge.model.weights import HeldWeight
 from agzo_edge.numerics.basis import activation_basis, starting_basis
 from agzo_edge.numerics.lowrank import LowRank, compressed, zero_lowrank
 
-EXTRACTION_STEPS = (
-    12  # of subspace iteration: a trained change's spectrum falls fast, six already do (tested)
-)
+EXTRACTION_STEPS = 12  # of subspace iteration: a trained change's spectrum falls fast, six already do (tested)
 
 
 @dataclass
@@ -67,9 +65,7 @@ class Branch:
             return compressed(self.learned(), rank)[0]
         change = self.held.change() + self.learned().dense()
         rank = min(rank, *self.shape)
-        basis = activation_basis(
-            change, starting_basis(self.shape[1], rank).to(change.device), n_iter=EXTRACTION_STEPS
-        )
+        basis = activation_basis(change, starting_basis(self.shape[1], rank).to(change.device), n_iter=EXTRACTION_STEPS)
         return LowRank(change @ basis, basis)
 
     def factors(self, dtype: torch.dtype) -> LowRank | None:

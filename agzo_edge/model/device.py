@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import psutil
@@ -23,9 +24,7 @@ def chosen_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device is 'cuda', and torch sees no CUDA device here: use --device cpu, or see doctor"
-        )
+        raise ConfigError("device is 'cuda', and torch sees no CUDA device here: use --device cpu, or see doctor")
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
@@ -102,6 +101,7 @@ def exact_attention(wanted: bool) -> Iterator[None]:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts its own rules, and warns of it
+        import_module("torch._decomp.decompositions_for_jvp")
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.MATH):

@@ -40,9 +40,7 @@ def load_model(source: str, config: RunConfig) -> EdgeModel:
         network.set_submodule(name, _replacement(module, name, name in targets, context, config, dtype))
     network.requires_grad_(False).eval()
     model = EdgeModel(network, tokenizer, device, dtype, context, source, branches=[], transposed=transposed)
-    use_threads(
-        config.threads, n_parameters=sum(b.out_features * b.in_features for b in frozen_layers(network))
-    )
+    use_threads(config.threads, n_parameters=sum(b.out_features * b.in_features for b in frozen_layers(network)))
     attach_branches(model, rank=config.rank)
     return model
 
@@ -140,9 +138,7 @@ def target_names(network: Any, wanted: Sequence[str] | None, *, source: str) -> 
     matches = {w: {name for name in names if name == w or name.endswith(f".{w}")} for w in wanted}
     if missing := [w for w, found in matches.items() if not found]:
         kinds = sorted({re.sub(r".*\.", "", name) for name in names})
-        raise ModelError(
-            f"{source}: no linear layer matches {', '.join(missing)}; there are {', '.join(kinds)}"
-        )
+        raise ModelError(f"{source}: no linear layer matches {', '.join(missing)}; there are {', '.join(kinds)}")
     return set().union(*matches.values())
 
 

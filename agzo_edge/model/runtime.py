@@ -56,9 +56,7 @@ class EdgeModel:
     @property
     def groups(self) -> list[InputGroup]:
         """The input groups, in order."""
-        return sorted(
-            {branch.group.index: branch.group for branch in self.branches}.values(), key=lambda g: g.index
-        )
+        return sorted({branch.group.index: branch.group for branch in self.branches}.values(), key=lambda g: g.index)
 
     @property
     def layers(self) -> dict[str, BranchedLinear]:
@@ -141,7 +139,5 @@ def _layer_inputs(model: EdgeModel) -> dict[str, Tensor]:
         raise ModelError(f"{model.source}: is no causal language model: its tokens see the ones after them")
     if not torch.allclose(ours.float(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
         kind = type(model.network).__name__
-        raise ModelError(
-            f"{model.source}: {kind} does more to its logits than its head: it cannot be trained here"
-        )
+        raise ModelError(f"{model.source}: {kind} does more to its logits than its head: it cannot be trained here")
     return inputs

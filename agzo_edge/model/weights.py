@@ -160,9 +160,7 @@ def base_weight_of(module: nn.Module, *, name: str, dtype: torch.dtype) -> BaseW
     weight: Any = module.weight
     if kind == "Linear4bit":
         if weight.quant_state is None:
-            raise ModelError(
-                f"{name}: the 4-bit layer carries no quantization state; is the checkpoint whole?"
-            )
+            raise ModelError(f"{name}: the 4-bit layer carries no quantization state; is the checkpoint whole?")
         return FourBitWeight(weight.data, weight.quant_state, dtype=dtype)
     if kind == "Linear8bitLt":
         rows = weight.CB if weight.CB is not None else weight.data

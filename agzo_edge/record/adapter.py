@@ -12,6 +12,7 @@ from torch import Tensor
 from agzo_edge.errors import AdapterError, AgzoError, numbered
 from agzo_edge.record.files import discard_aside, inside, put_in_place, sync_directory, write_aside, writing
 from agzo_edge.record.lora_config import LoraScaling, lora_config_text, lora_scaling
+from agzo_edge.record.strict_json import strict_object
 from agzo_edge.record.tensors import read_tensors
 from agzo_edge.units import MIB
 
@@ -88,6 +89,18 @@ def load_adapter(directory: Path) -> Mapping[str, LowRankPair]:
     return pairs
 
 
+def base_model_of(directory: Path) -> str | None:
+    """The base model that the adapter in `directory` names, if any. Raises AdapterError for no adapter."""
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise AdapterError(f"{directory}: no {CONFIG_NAME}: no adapter, or its writing was cut short")
+    try:
+        name = strict_object(path.read_bytes()).get("base_model_name_or_path")
+    except ValueError as error:
+        raise AdapterError(f"{path}: {error}") from None
+    return name if isinstance(name, str) and name else None
+
+
 def _replace_all(contents: Mapping[Path, bytes]) -> None:
     """Put every file in place, in order; the last one makes the others count."""
     paths = list(contents)
@@ -126,9 +139,7 @@ def _weights_bytes(pairs: Mapping[str, LowRankPair]) -> bytes:
     return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 
-def _scaled_pairs(
-    tensors: Mapping[str, Tensor], scaling: LoraScaling, *, where: str
-) -> dict[str, LowRankPair]:
+def _scaled_pairs(tensors: Mapping[str, Tensor], scaling: LoraScaling, *, where: str) -> dict[str, LowRankPair]:
     """The tensors two by two, b multiplied by its scaling."""
     sides: dict[str, dict[str, Tensor]] = {}
     faults = []

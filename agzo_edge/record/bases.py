@@ -50,9 +50,7 @@ def load_bases(run_dir: Path, step: int, shapes: Mapping[int, tuple[int, int]], 
     """
     path = bases_path(run_dir, step)
     if not path.is_file():
-        raise AdapterError(
-            f"{path}: the bases of the window at step {step} are missing: the run cannot be rebuilt"
-        )
+        raise AdapterError(f"{path}: the bases of the window at step {step} are missing: the run cannot be rebuilt")
     tensors = read_tensors(path)
     expected: dict[str, tuple[int, ...]] = {f"basis.{group}": shape for group, shape in shapes.items()}
     expected["scales"] = (n_layers,)

@@ -197,8 +197,7 @@ def _checked_header(fields: dict[str, Any], where: str) -> tuple[dict[str, Any],
     kind, version, first_step = (fields.pop(name, None) for name in _RESERVED[:3])
     if kind != FORMAT or version != FORMAT_VERSION:
         raise AdapterError(
-            f"{where}: format {kind!r} version {version!r}; "
-            f"this agzo-edge reads {FORMAT!r} version {FORMAT_VERSION}"
+            f"{where}: format {kind!r} version {version!r}; this agzo-edge reads {FORMAT!r} version {FORMAT_VERSION}"
         )
     if type(first_step) is not int or first_step < 0:
         raise AdapterError(f"{where}: first_step is {first_step!r}, not a number from 0")

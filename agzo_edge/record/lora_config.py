@@ -104,9 +104,7 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     if (bias := config.get("bias", "none")) != "none":
         faults.append(f"bias is {bias!r}: trained biases cannot be read, only 'none'")
     if (start := config.get("init_lora_weights", True)) not in _PLAIN_STARTS:
-        faults.append(
-            f"init_lora_weights is {start!r}, which changes the base: convert it to a plain LoRA first"
-        )
+        faults.append(f"init_lora_weights is {start!r}, which changes the base: convert it to a plain LoRA first")
     if modules := config.get("modules_to_save"):
         faults.append(f"modules_to_save is {modules!r}: whole trained modules cannot be read")
     others = sorted(name for name in config.keys() - _UNDERSTOOD if config[name])
@@ -116,9 +114,9 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
 
 def _wrong_numbers(config: Mapping[str, Any]) -> list[str]:
     """A line for each rank or alpha that is none, and each pattern that cannot be matched."""
-    return _wrong_field(
-        config, "r", "rank_pattern", is_right=_is_rank, wanted="a whole number from 1"
-    ) + _wrong_field(config, "lora_alpha", "alpha_pattern", is_right=_is_alpha, wanted="a finite number")
+    return _wrong_field(config, "r", "rank_pattern", is_right=_is_rank, wanted="a whole number from 1") + _wrong_field(
+        config, "lora_alpha", "alpha_pattern", is_right=_is_alpha, wanted="a finite number"
+    )
 
 
 def _wrong_field(

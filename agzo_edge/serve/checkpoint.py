@@ -108,9 +108,7 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return bool(getattr(checkpoint.config.get_text_config(), "tie_word_embeddings", False))
 
 
-def refuse_misfits(
-    pairs: Mapping[str, LowRankPair], shapes: Mapping[str, LinearShape], *, source: str
-) -> None:
+def refuse_misfits(pairs: Mapping[str, LowRankPair], shapes: Mapping[str, LinearShape], *, source: str) -> None:
     """Raise AdapterError, with every fault, unless each pair has its layer and its layer's shape."""
     faults = []
     for name, pair in pairs.items():
@@ -121,9 +119,7 @@ def refuse_misfits(
         if change != weight:
             faults.append(f"{name}: the pair is {change}, the layer {weight}")
     if faults:
-        raise AdapterError(
-            f"the adapter does not fit {source}; was it trained on another model?\n" + numbered(faults)
-        )
+        raise AdapterError(f"the adapter does not fit {source}; was it trained on another model?\n" + numbered(faults))
 
 
 def weight_files(checkpoint: Checkpoint) -> Sequence[Path]:
@@ -135,9 +131,7 @@ def weight_files(checkpoint: Checkpoint) -> Sequence[Path]:
     if (single := directory / WEIGHTS_NAME).is_file():
         return [single]
     if not (index := directory / INDEX_NAME).is_file():
-        raise ModelError(
-            f"{checkpoint.source}: no {WEIGHTS_NAME} and no {INDEX_NAME}: only safetensors is read"
-        )
+        raise ModelError(f"{checkpoint.source}: no {WEIGHTS_NAME} and no {INDEX_NAME}: only safetensors is read")
     weight_map = _json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: has no weight_map")

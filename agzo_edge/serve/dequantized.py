@@ -68,9 +68,7 @@ def save_dense_model(model: EdgeModel, directory: Path) -> None:
     with staged(directory) as folder:
         tensors = [stored_as(tensor, model.dtype) for tensor in model_tensors(model)]
         write_tensor_file(folder / WEIGHTS_NAME, tensors)
-        (folder / CONFIG_NAME).write_text(
-            json.dumps(fields | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8"
-        )
+        (folder / CONFIG_NAME).write_text(json.dumps(fields | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
         model.network.generation_config.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
 

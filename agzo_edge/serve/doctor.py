@@ -67,9 +67,7 @@ def device_facts() -> dict[str, Any]:
 
 def advice(versions: dict[str, str | None]) -> list[str]:
     """What to install or to do, one line each; nothing when all is well."""
-    lines = [
-        f"{name} is missing: pip install {name}" for name, version in versions.items() if version is None
-    ]
+    lines = [f"{name} is missing: pip install {name}" for name, version in versions.items() if version is None]
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         lines.append("there is an NVIDIA driver, but this torch has no CUDA: install torch's CUDA build")
     if not torch.cuda.is_available() and torch.get_num_threads() > 1:

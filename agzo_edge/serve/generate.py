@@ -1,25 +1,14 @@
 """Text from a model with its adapter."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from agzo_edge.config import Sampling
 from agzo_edge.errors import ModelError
 from agzo_edge.model.runtime import EdgeModel
 
 Message = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0  # 0 takes the likeliest token
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
 
 
 class TextModel:
@@ -49,9 +38,7 @@ class TextModel:
         tokenizer = self.model.tokenizer
         if tokenizer.chat_template is None:
             if not isinstance(prompt, str):
-                raise ModelError(
-                    f"{self.model.source}: the tokenizer has no chat template: give a plain prompt"
-                )
+                raise ModelError(f"{self.model.source}: the tokenizer has no chat template: give a plain prompt")
             ids = tokenizer(prompt, return_tensors="pt").input_ids
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -59,9 +46,7 @@ class TextModel:
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             ).input_ids
         if ids.shape[1] == 0:
-            raise ModelError(
-                "the prompt is empty, and the tokenizer adds nothing to it: write at least a word"
-            )
+            raise ModelError("the prompt is empty, and the tokenizer adds nothing to it: write at least a word")
         return ids.to(self.model.device)
 
     def _check_length(self, prompt_tokens: int, sampling: Sampling) -> None:
@@ -88,10 +73,6 @@ class TextModel:
         """The token that ends a turn of the chat template, where that is not the end of the text."""
         known = self.model.tokenizer.get_added_vocab()
         return next(
-            (
-                known[token]
-                for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
-                if token in known
-            ),
+            (known[token] for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>") if token in known),
             None,
         )

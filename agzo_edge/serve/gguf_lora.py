@@ -55,9 +55,7 @@ def gguf_lora(checkpoint: Checkpoint, pairs: Mapping[str, LowRankPair]) -> GgufL
     names = gguf.get_tensor_name_map(numbers[architecture], checkpoint.config.num_hidden_layers)
     named = {module: names.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in pairs}
     if unknown := [module for module, name in named.items() if name is None]:
-        raise ModelError(
-            f"{checkpoint.source}: llama.cpp's {architecture} lacks these layers:\n" + numbered(unknown)
-        )
+        raise ModelError(f"{checkpoint.source}: llama.cpp's {architecture} lacks these layers:\n" + numbered(unknown))
     if architecture == _INTERLEAVED:
         pairs = {module: _reordered(module, pair, checkpoint.config) for module, pair in pairs.items()}
     return GgufLora(architecture, {str(named[module]): pair for module, pair in pairs.items()})

@@ -56,8 +56,7 @@ def planned_merge(checkpoint: Checkpoint, pairs: Mapping[str, LowRankPair], *, d
         shards = {path.name: lazy_tensors(path) for path in weight_files(checkpoint)}
     changes = _changes(checkpoint, pairs, shapes, [tensor for shard in shards.values() for tensor in shard])
     merged = {
-        file: [_merged(tensor, changes.get(tensor.name), dtype) for tensor in shard]
-        for file, shard in shards.items()
+        file: [_merged(tensor, changes.get(tensor.name), dtype) for tensor in shard] for file, shard in shards.items()
     }
     return Merge(checkpoint, merged, dtype)
 

@@ -88,9 +88,7 @@ def stored_as(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     return replace(tensor, dtype=dtype, read=read)
 
 
-def write_tensor_file(
-    path: Path, tensors: Sequence[LazyTensor], *, metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensor_file(path: Path, tensors: Sequence[LazyTensor], *, metadata: Mapping[str, str] | None = None) -> None:
     """Leave the tensors in one safetensors file, one in memory at a time. Raises OSError."""
     # wide types first, so that every tensor starts at a multiple of its element's size
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))

@@ -27,9 +27,7 @@ class Metrics:
 
 
 @torch.no_grad()
-def evaluate(
-    model: EdgeModel, examples: Sequence[Example], *, objective: Objective, batch_size: int
-) -> Metrics:
+def evaluate(model: EdgeModel, examples: Sequence[Example], *, objective: Objective, batch_size: int) -> Metrics:
     """The mean loss (and accuracy) over `examples`, in batches of like length.
 
     lm: weighted by label tokens, as perplexity is; choice: every example counts the same.

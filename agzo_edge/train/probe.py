@@ -27,9 +27,7 @@ class MuProbe:
 
 
 def probe_mu(
-    projected_at: Callable[
-        [float], Tensor
-    ],  # mu -> (directions,) projected gradients, the same noise each time
+    projected_at: Callable[[float], Tensor],  # mu -> (directions,) projected gradients, the same noise each time
     *,
     candidates: tuple[float, ...] = CANDIDATES,
 ) -> MuProbe:

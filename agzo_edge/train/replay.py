@@ -7,9 +7,7 @@ import torch
 
 from agzo_edge.train.learner import Learner, Measurement
 
-BasesOf = Callable[
-    [int], tuple[Mapping[int, torch.Tensor], Sequence[float]]
-]  # step -> bases by group, scales by layer
+BasesOf = Callable[[int], tuple[Mapping[int, torch.Tensor], Sequence[float]]]  # step -> bases by group, scales by layer
 
 
 def replay(learner: Learner, records: Iterable[Mapping[str, Any]], bases_of: BasesOf) -> None:

@@ -105,9 +105,7 @@ def _losses(
     )
     losses = loss_of(model, on_device, objective=config.objective, perturbation=perturbation, refresh=refresh)
     if not all_finite(losses):
-        bad = [
-            place for place, ok in zip(batch.places, losses.isfinite().all(0).tolist(), strict=True) if not ok
-        ]
+        bad = [place for place, ok in zip(batch.places, losses.isfinite().all(0).tolist(), strict=True) if not ok]
         raise NonFiniteLossError(
             f"step {step}: the loss of {', '.join(bad[:5])} is not finite. Nothing was learned from this step; "
             f"try a smaller --mu (now {mu:g}), --dtype float32, or look at these rows"
@@ -135,16 +133,10 @@ def _noise_of(
     return noise_of
 
 
-def _measured(
-    losses: Tensor, batches: Sequence[Batch], *, mu: float, config: RunConfig
-) -> tuple[Measurement, float]:
+def _measured(losses: Tensor, batches: Sequence[Batch], *, mu: float, config: RunConfig) -> tuple[Measurement, float]:
     """The projected gradient of each direction and its weight, and the batch's loss."""
     weights = torch.cat([batch.weights for batch in batches])
-    at_zero = (
-        losses.mean(0)
-        if config.difference == "central"
-        else losses[1 if config.difference == "forward" else 0]
-    )
+    at_zero = losses.mean(0) if config.difference == "central" else losses[1 if config.difference == "forward" else 0]
     projected = projected_gradients(losses, mu=mu, difference=config.difference)
     if config.directions == "shared":
         projected, weights_out = (weights @ projected).reshape(1), torch.ones(1)

@@ -70,9 +70,7 @@ def _completed_row(prompt: str, completion: str, tokenizer: PreTrainedTokenizerB
     return _row(ids, labels_from=_n_shared(prompt_ids, ids) if prompt else 0)
 
 
-def _option_rows(
-    prompt: str, options: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[TokenRow, ...]:
+def _option_rows(prompt: str, options: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[TokenRow, ...]:
     """The prompt with each option; scored from the first token that is not the same in all of them.
 
     One boundary for all options: where an option's first letters merge with the prompt's last token,
@@ -151,9 +149,7 @@ def _marked_row(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase)
 def _prefix_row(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> TokenRow:
     text = _rendered(messages, tokenizer)
     spans = [
-        _turn_span(messages, i, text, tokenizer)
-        for i, message in enumerate(messages)
-        if message["role"] == "assistant"
+        _turn_span(messages, i, text, tokenizer) for i, message in enumerate(messages) if message["role"] == "assistant"
     ]
     edges = [edge for span in spans for edge in span]
     # A template writes its own BOS, so none is added; special tokens in the text are recognised all the same.

@@ -1,0 +1,78 @@
+"""The commands end to end, on the demo's model and data."""
+
+import io
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from agzo_edge.cli import main
+from agzo_edge.cli.chat import converse
+from agzo_edge.config import Sampling
+from agzo_edge.errors import ModelError
+from agzo_edge.serve.generate import Message
+
+FEW_STEPS = ("--max-steps", "2", "--eval-steps", "0", "--batch-size", "2", "--mu", "0.01", "--seed", "3")
+
+
+def run(arguments: Sequence[str]) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def test_what_train_prints_last_writes_text_and_its_run_can_be_reported_and_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", *FEW_STEPS]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "held-out loss" in out
+    command = shlex.split(out.splitlines()[-1])
+    assert command[0] == "agzo-edge"
+
+    assert run([*command[1:], "--max-new-tokens", "3", "--compare", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"prompt", "text", "without_adapter"}
+
+    assert run(["report", "adapters/demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+    assert run(["report", "adapters/demo"]) == 0
+    assert "measured peak" in capsys.readouterr().out
+
+    assert run(["replay", "adapters/demo", "--output", "again", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": "again"}
+    trained, replayed = (Path(d, "adapter_model.safetensors").read_bytes() for d in ("adapters/demo", "again"))
+    assert trained == replayed
+
+    assert run(["eval", "--adapter", "again", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] > 0
+
+
+class Echo:
+    """A model that answers with the number of messages it was given, and takes at most three."""
+
+    def generate(self, messages: Sequence[Message], *, sampling: Sampling) -> str:
+        if len(messages) > 3:
+            raise ModelError("too long")
+        return f"{len(messages)} messages, {sampling.max_new_tokens} tokens"
+
+
+def test_chat_keeps_its_history_until_reset_and_survives_a_conversation_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = Echo()
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\nthree\n/reset\nfour\n"))
+    console = Console(file=io.StringIO(), width=80)
+    converse(model, Sampling(max_new_tokens=9), console)
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "1 messages, 9 tokens",
+        "3 messages, 9 tokens",
+        "too long; or /reset",
+        "1 messages, 9 tokens",
+    ]

@@ -1,0 +1,213 @@
+"""Whole runs: begun, stopped, killed, resumed, replayed, loaded by PEFT."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import agzo_edge
+from agzo_edge import demo
+from agzo_edge.config import RunConfig, config_from
+from agzo_edge.errors import AdapterError, BudgetError, ConfigError
+from agzo_edge.events import Evaluated, Event, Finished, Saved, Stepped
+from agzo_edge.session import training
+
+STEPS = 9  # three windows of four, the last one open
+
+
+def config_of(output_dir: Path, **settings: object) -> RunConfig:
+    small = {"max_steps": STEPS, "refresh_every": 4, "batch_size": 4, "eval_steps": 0, "save_steps": 3, "mu": 0.01}
+    return config_from(demo.demo_settings(), small, {"eval_data": None, "output_dir": str(output_dir), **settings})
+
+
+def trained(output_dir: Path, *, resume: bool = False, **settings: object) -> list[Event]:
+    return list(training(config_of(output_dir, **settings), resume=resume))
+
+
+def adapter_of(run_dir: Path) -> bytes:
+    return (run_dir / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    trained(run_dir)
+    return run_dir
+
+
+def test_a_run_leaves_everything_that_the_design_lists(whole_run: Path) -> None:
+    names = {path.name for path in whole_run.iterdir()}
+    assert names >= {
+        *("adapter_model.safetensors", "adapter_config.json", "README.md", "journal.jsonl", "report.json"),
+        *("bases", "tokenizer.json", "tokenizer_config.json", "checkpoint-3", "checkpoint-6"),
+    }
+    assert not any(name.endswith(".partial") for name in names)
+    report = json.loads((whole_run / "report.json").read_text())
+    assert report["steps"] == STEPS
+    assert report["predicted_peak_bytes"] > 0
+    assert report["measured_peak_bytes"] > 0
+
+
+def test_the_same_run_twice_gives_the_same_adapter_to_the_byte(whole_run: Path, tmp_path: Path) -> None:
+    trained(tmp_path / "again")
+    assert adapter_of(tmp_path / "again") == adapter_of(whole_run)
+
+
+@pytest.mark.parametrize("done", [1, 4, 7])
+def test_a_stopped_run_resumes_to_the_same_bytes(whole_run: Path, tmp_path: Path, done: int) -> None:
+    events = training(config_of(tmp_path / "run"))
+    for event in events:
+        if isinstance(event, Stepped) and event.timed.record.step + 1 == done:
+            break
+    events.close()
+    resumed = trained(tmp_path / "run", resume=True)
+    assert sum(isinstance(event, Stepped) for event in resumed) == STEPS - done
+    assert adapter_of(tmp_path / "run") == adapter_of(whole_run)
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "momentum"}, {"optimizer": "adam"}, {"target": "dequantized"}])
+def test_every_learner_resumes_to_the_same_bytes(tmp_path: Path, settings: dict[str, str]) -> None:
+    trained(tmp_path / "whole", **settings)
+    events = training(config_of(tmp_path / "run", **settings))
+    for event in events:
+        if isinstance(event, Stepped) and event.timed.record.step == 5:
+            break
+    events.close()
+    trained(tmp_path / "run", resume=True, **settings)
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
+
+
+def test_a_replay_gives_the_same_adapter_without_model_or_data(whole_run: Path, tmp_path: Path) -> None:
+    agzo_edge.replay(whole_run, output=tmp_path / "replayed")
+    assert adapter_of(tmp_path / "replayed") == adapter_of(whole_run)
+
+
+def test_a_replay_until_a_step_gives_that_checkpoint(whole_run: Path, tmp_path: Path) -> None:
+    agzo_edge.replay(whole_run, output=tmp_path / "replayed", until_step=3)
+    assert adapter_of(tmp_path / "replayed") == adapter_of(whole_run / "checkpoint-3")
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(whole_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    script = (
+        "from pathlib import Path; from agzo_edge.config import RunConfig; from agzo_edge.session import training\n"
+        f"for event in training(RunConfig.model_validate_json({config_of(run_dir).model_dump_json()!r})): pass"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    journal = run_dir / "journal.jsonl"
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 4):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    begun = journal.read_bytes().count(b"\n") - 1
+    resumed = trained(run_dir, resume=True)
+    assert sum(isinstance(event, Stepped) for event in resumed) <= STEPS - begun
+    assert adapter_of(run_dir) == adapter_of(whole_run)
+
+
+def test_a_run_can_be_made_longer(whole_run: Path, tmp_path: Path) -> None:
+    trained(tmp_path / "run", max_steps=5)
+    trained(tmp_path / "run", resume=True)
+    assert adapter_of(tmp_path / "run") == adapter_of(whole_run)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"), [({"seed": 7}, "seed"), ({"rank": 2}, "rank"), ({"max_seq_length": 50}, None)]
+)
+def test_resuming_another_run_is_refused_by_the_setting(
+    tmp_path: Path, changed: dict[str, int], named: str | None
+) -> None:
+    trained(tmp_path / "run", max_steps=2)
+    with pytest.raises(AdapterError, match=named or "max_seq_length"):
+        trained(tmp_path / "run", resume=True, **changed)
+
+
+def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path / "run", max_steps=2)
+    with pytest.raises(AdapterError, match="training data has changed"):
+        trained(tmp_path / "run", resume=True, data=str(demo.DATA_DIR / demo.VALID_NAME))
+
+
+def test_a_directory_with_another_run_is_refused(whole_run: Path) -> None:
+    before = adapter_of(whole_run)
+    with pytest.raises(AdapterError, match="resume-from-checkpoint"):
+        trained(whole_run)
+    assert adapter_of(whole_run) == before
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded_or_written(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="MiB"):
+        trained(tmp_path / "run", ram_limit="20MiB")
+    assert not (tmp_path / "run").exists()
+
+
+def test_peft_loads_the_adapter_and_gives_our_logits(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    trained(tmp_path / "run", load_in_4bit=False)
+    ours = agzo_edge.load(str(demo.MODEL_DIR), adapter=tmp_path / "run", load_in_4bit=False).model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft 0.21 on transformers 5.23 warns about its own use of it
+        base = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32)
+        theirs = PeftModel.from_pretrained(base, tmp_path / "run")
+    ids = torch.arange(24).view(2, 12)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask).logits
+        logits = ours.logits(ours.hidden_states(ids, mask))
+        untouched = base.get_base_model() if hasattr(base, "get_base_model") else None
+    assert untouched is None or untouched is not base
+    assert (logits - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_an_adapter_can_be_trained_further(whole_run: Path, tmp_path: Path) -> None:
+    trained(tmp_path / "run", adapter=str(whole_run), max_steps=2, seed=1)
+    agzo_edge.replay(tmp_path / "run", output=tmp_path / "replayed")
+    assert adapter_of(tmp_path / "replayed") == adapter_of(tmp_path / "run")
+    first = load_file(whole_run / "adapter_model.safetensors")
+    further = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.mlp.up_proj.lora_"
+
+    def change(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return tensors[key + "B.weight"] @ tensors[key + "A.weight"]
+
+    moved = (change(further) - change(first)).norm()
+    assert 0 < moved < change(first).norm(), "two small steps from the adapter, not from nothing"
+
+
+def test_an_adapter_wider_than_the_cap_is_refused(whole_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--adapter-rank"):
+        trained(tmp_path / "run", adapter=str(whole_run), adapter_rank=4)
+
+
+def test_the_dequantized_target_leaves_a_checkpoint_that_transformers_loads(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    events = trained(tmp_path / "run", target="dequantized", eval_data=str(demo.DATA_DIR / demo.VALID_NAME))
+    finished = next(event for event in events if isinstance(event, Finished))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32)
+    loss = agzo_edge.evaluate(
+        str(tmp_path / "run" / "merged"), str(demo.DATA_DIR / demo.VALID_NAME), load_in_4bit=False
+    ).loss
+    assert merged.config.model_type == "qwen3"
+    assert finished.run.after is not None
+    assert loss == pytest.approx(finished.run.after.loss, rel=1e-4)
+
+
+def test_the_demo_learns_its_voice(tmp_path: Path) -> None:
+    events = trained(
+        tmp_path / "run", max_steps=60, refresh_every=25, batch_size=8, eval_data=str(demo.DATA_DIR / demo.VALID_NAME)
+    )
+    losses = [event.metrics.loss for event in events if isinstance(event, Evaluated)]
+    assert losses[-1] < 0.75 * losses[0]
+    assert any(isinstance(event, Saved) for event in events)
