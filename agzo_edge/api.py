@@ -14,7 +14,7 @@ from agzo_edge.budget.facts import model_facts
 from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.budget.plan import memory_plan
 from agzo_edge.config import RunConfig, config_from, read_toml
-from agzo_edge.demo import demo_settings
+from agzo_edge.demo import MODEL_DIR, demo_settings
 from agzo_edge.errors import ConfigError
 
 if TYPE_CHECKING:  # these load torch, which planning does without
@@ -39,9 +39,9 @@ def resolve(
     in_file = read_toml(Path(config_file)) if config_file else {}
     preset = preset or in_file.pop("preset", "default")
     given = in_file | {name: value for name, value in settings.items() if value is not None}
-    if given.get("model") is None:
-        if given.get("data") is not None:
-            raise ConfigError("data is given and no model: name one with --model, or give neither for the demo")
+    if given.get("model") is None and given.get("data") is not None:
+        raise ConfigError("data is given and no model: name one with --model, or give neither for the demo")
+    if given.get("model") in (None, str(MODEL_DIR)) and given.get("data") is None:
         in_file = demo_settings() | {"output_dir": _demo_directory(resume=resume)} | in_file
     machine = machine_profile(str(given.get("profile", "auto")))
     return config_from(machine.settings, in_file, settings, preset=preset)
@@ -114,6 +114,8 @@ def evaluate(
     from agzo_edge.train.examples import load_examples
 
     config = resolve({"model": model or _base_of(adapter), "data": data, **settings})
+    if config.data is None and config.eval_data is None:
+        raise ConfigError("there is nothing to evaluate on: name a file with --data")
     loaded = _loaded(config, adapter)
     examples = load_examples(
         str(config.eval_data or config.data),

@@ -26,8 +26,9 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.record.adapter import LowRankPair, load_adapter, save_adapter
 from agzo_edge.record.bases import WindowBases, load_bases, save_bases
-from agzo_edge.record.files import atomic_write_bytes, atomic_write_text
+from agzo_edge.record.files import aside, atomic_write_bytes, atomic_write_text
 from agzo_edge.record.journal import Journal, JournalWriter, read_journal
+from agzo_edge.record.lock import LOCK_NAME
 from agzo_edge.record.strict_json import strict_object
 from agzo_edge.record.tensors import read_tensors
 from agzo_edge.train.data import ExampleSet
@@ -55,8 +56,15 @@ def require_unused(directory: Path) -> None:
         raise AdapterError(
             f"{directory} holds another run: go on with it by --resume-from-checkpoint, or choose another --output-dir"
         )
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise AdapterError(f"{directory} is not an empty directory: choose another --output-dir")
+    if directory.exists() and not directory.is_dir():
+        raise AdapterError(f"{directory} is a file: choose another --output-dir")
+    if directory.exists() and any(not _is_leftover(path) for path in directory.iterdir()):
+        raise AdapterError(f"{directory} is not empty: choose another --output-dir")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a run killed before its first step may have left `path` behind."""
+    return path.name == LOCK_NAME or path == aside(path.with_name(JOURNAL_NAME))
 
 
 def header_of(config: RunConfig, model: EdgeModel, data: ExampleSet, *, mu: float) -> dict[str, Any]:

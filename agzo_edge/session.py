@@ -5,11 +5,13 @@ adapter to start from, the run to resume. After that, a step is on the disk befo
 """
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from agzo_edge import __version__, demo
+from agzo_edge import demo
+from agzo_edge.account import Account, quantization_name
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import model_facts
 from agzo_edge.budget.plan import fitted_run
@@ -30,7 +32,6 @@ from agzo_edge.events import (
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.load import load_model, load_tokenizer
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.record.card import model_card
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.record.lock import RunLock
 from agzo_edge.rundir import (
@@ -52,10 +53,10 @@ from agzo_edge.scalars import with_tensorboard
 from agzo_edge.serve.dequantized import save_dense_model
 from agzo_edge.serve.generate import TextModel
 from agzo_edge.train.data import ExampleSet
-from agzo_edge.train.evaluate import Metrics, evaluate
+from agzo_edge.train.evaluate import evaluate
 from agzo_edge.train.examples import load_examples
 from agzo_edge.train.learner import Learner
-from agzo_edge.train.loop import TimedStep, probed_mu, run_steps
+from agzo_edge.train.loop import probed_mu, run_steps
 
 SAMPLE = Sampling(max_new_tokens=48)
 MERGED_NAME = "merged"  # with target = dequantized: the whole model as it is now
@@ -70,6 +71,7 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     if config.model is None or config.data is None or config.output_dir is None:
         raise ConfigError("a run needs --model, --data and --output-dir; without a model the demo runs")
     out = Path(config.output_dir)
+    resume = resume and (out / JOURNAL_NAME).exists()  # a run killed before its first step begins again
     if not resume:
         require_unused(out)
     planned = planned_run(config)
@@ -87,7 +89,7 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     model = load_model(str(config.model), config)
     set_learned(model.branches, changes)
     samples = demo.PROMPTS if config.model == str(demo.MODEL_DIR) else ()
-    session = _Session(config, planned, model, data, held_out, samples, out)
+    session = _Session(config, Account(config, planned, data, held_out), model, samples, out)
     events = session.resumed() if resume else session.begun()
     yield from with_tensorboard(events, out) if config.report_to == "tensorboard" else events
 
@@ -114,26 +116,15 @@ def _data(config: RunConfig) -> tuple[ExampleSet, ExampleSet | None]:
     return data, load_examples(config.eval_data, tokenizer, split="validation", **settings)
 
 
-def quantization_name(config: RunConfig) -> str:
-    """The base's form in a word: nf4, fp4, int8, or none."""
-    if config.load_in_8bit:
-        return "int8"
-    return config.quant_type if config.load_in_4bit else "none"
-
-
 @dataclass
 class _Session:
     """A run whose parts are all there."""
 
     config: RunConfig
-    planned: Planned
+    account: Account
     model: EdgeModel
-    data: ExampleSet
-    held_out: ExampleSet | None
     samples: Sequence[str]
     out: Path
-    steps: list[TimedStep] = field(default_factory=list)
-    evaluations: dict[int, Metrics] = field(default_factory=dict)
 
     def begun(self) -> Generator[Event]:
         """A run from its first step."""
@@ -144,16 +135,16 @@ class _Session:
         if self.config.difference == "exact":
             mu = 1.0  # the tangent itself is carried, there is no perturbation to size
         if mu == "auto":
-            probe = probed_mu(self.model, self.data, config=self.config)
+            probe = probed_mu(self.model, self.account.data, config=self.config)
             mu = probe.mu
             yield MuChosen(probe)
-        header = header_of(self.config, self.model, self.data, mu=mu)
+        header = header_of(self.config, self.model, self.account.data, mu=mu)
         self.out.mkdir(parents=True, exist_ok=True)
         with RunLock(self.out), JournalWriter.create(self.out / JOURNAL_NAME, header) as journal:
             learner = Learner(self.model.branches, self.config)
-            keep_evaluations(self.out, self.evaluations)
+            keep_evaluations(self.out, self.account.evaluations)
             if self.config.adapter:  # a replay must know what the run began with
-                save_checkpoint(self.out, learner, header, step=0, card=self._card())
+                save_checkpoint(self.out, learner, header, step=0, card=self.account.card())
             yield from self._trained(learner, journal, header, mu=mu)
             yield from self._finished(learner, header, answers)
 
@@ -162,9 +153,10 @@ class _Session:
         with RunLock(self.out):
             begun = read_run(self.out)
             header = begun.header
-            now = header_of(self.config, self.model, self.data, mu=header["mu"])
+            now = header_of(self.config, self.model, self.account.data, mu=header["mu"])
             require_same_run(header, now, directory=self.out)
-            self.evaluations = kept_evaluations(self.out)
+            self.account.evaluations = kept_evaluations(self.out)
+            self.account.take_records(begun.records)
             learner = Learner(self.model.branches, self.config)
             first_step = bring_up_to(learner, self.out, begun)
             yield self._ready(first_step)
@@ -179,34 +171,36 @@ class _Session:
         done = journal.next_step
         try:
             for timed in run_steps(
-                self.model, learner, self.data, config=self.config, mu=mu, first_step=journal.next_step
+                self.model, learner, self.account.data, config=self.config, mu=mu, first_step=journal.next_step
             ):
                 keep_step(self.out, journal, timed, learner)
-                self.steps.append(timed)
+                self.account.take(timed)
                 done = timed.record.step + 1
                 yield Stepped(timed)
                 if _is_due(done, self.config.eval_steps):
                     yield from self._evaluated(done)
                 if _is_due(done, self.config.save_steps) and done < self.config.max_steps:
-                    yield Saved(done, save_checkpoint(self.out, learner, header, step=done, card=self._card()))
+                    yield Saved(done, save_checkpoint(self.out, learner, header, step=done, card=self.account.card()))
         except GeneratorExit:
-            save_checkpoint(self.out, learner, header, step=done, card=self._card())
+            save_checkpoint(self.out, learner, header, step=done, card=self.account.card())
             raise
 
     def _finished(self, learner: Learner, header: Mapping[str, Any], answers: list[str]) -> Generator[Event]:
         """The result on the disk, the last evaluation, and the report."""
         last = self.config.max_steps
-        if last not in self.evaluations:
+        if last not in self.account.evaluations:
             yield from self._evaluated(last)
         files = tokenizer_files(self.model.tokenizer)
-        save_result(self.out, learner, header, card=self._card(), extra_files=files)
+        save_result(self.out, learner, header, card=self.account.card(), extra_files=files)
         if self.config.target == "dequantized":
             save_dense_model(self.model, self.out / MERGED_NAME)
         yield Saved(last, self.out)
-        report = self._report(answers)
+        told = zip(self.samples, answers, self._answers() if answers else [], strict=False)
+        report = self.account.report(
+            [{"prompt": prompt, "before": before, "after": after} for prompt, before, after in told]
+        )
         write_report(self.out, report)
-        first = min(self.evaluations, default=0)
-        yield Finished(Run(self.out, self.evaluations.get(first), self.evaluations.get(last), report))
+        yield Finished(Run(self.out, self.account.before, self.account.after, report))
 
     def _ready(self, first_step: int) -> ModelReady:
         return ModelReady(
@@ -219,17 +213,18 @@ class _Session:
         )
 
     def _evaluated(self, step: int) -> Generator[Event]:
-        if self.held_out is None:
+        held_out = self.account.held_out
+        if held_out is None:
             return
         metrics = evaluate(
             self.model,
-            self.held_out.examples,
+            held_out.examples,
             objective=self.config.objective,
             batch_size=self._rows_at_once(),
         )
-        self.evaluations[step] = metrics
+        self.account.evaluations[step] = metrics
         if self.out.exists():  # before the first step nothing is written
-            keep_evaluations(self.out, self.evaluations)
+            keep_evaluations(self.out, self.account.evaluations)
         yield Evaluated(step, metrics)
 
     def _rows_at_once(self) -> int:
@@ -240,30 +235,6 @@ class _Session:
         writer = TextModel(self.model)
         return [writer.generate(prompt, sampling=SAMPLE) for prompt in self.samples]
 
-    def _card(self) -> str:
-        return model_card(card_facts(self.config, self.planned, self.data, self.steps, self.evaluations))
-
-    def _report(self, answers: list[str]) -> dict[str, Any]:
-        wall_s = sum(timed.wall_s for timed in self.steps)
-        tokens = sum(timed.tokens for timed in self.steps)
-        return {
-            "model": self.config.model,
-            "steps": len(self.steps),
-            "wall_s": round(wall_s, 3),
-            "tokens": tokens,
-            "tokens_per_s": round(tokens / wall_s, 1) if wall_s else None,
-            "predicted_peak_bytes": self.planned.plan.device_bytes,
-            "measured_peak_bytes": max((timed.peak_bytes for timed in self.steps), default=None),
-            "limit_bytes": self.planned.plan.limit_bytes,
-            "data": asdict(self.data.report),
-            "held_out_data": asdict(self.held_out.report) if self.held_out else None,
-            "evaluations": {str(step): asdict(metrics) for step, metrics in sorted(self.evaluations.items())},
-            "samples": [
-                {"prompt": prompt, "before": before, "after": after}
-                for prompt, before, after in zip(self.samples, answers, self._answers(), strict=False)
-            ],
-        }
-
 
 def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
@@ -271,51 +242,6 @@ def _is_due(done: int, every: int) -> bool:
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """The tokenizer's files by name, so that the adapter's directory is complete."""
-    from tempfile import TemporaryDirectory
-
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
-
-
-def card_facts(
-    config: RunConfig,
-    planned: Planned,
-    data: ExampleSet,
-    steps: Sequence[TimedStep],
-    evaluations: Mapping[int, Metrics],
-) -> dict[str, Any]:
-    """What the model card tells of a run."""
-    ordered = [evaluations[step] for step in sorted(evaluations)]
-    before, after = (ordered[0], ordered[-1]) if len(ordered) > 1 else (None, None)
-    told = (
-        "rank",
-        "adapter_rank",
-        "refresh_every",
-        "noise",
-        "difference",
-        "optimizer",
-        "learning_rate",
-        "batch_size",
-    )
-    return {
-        "base_model": config.model,
-        "quantization": quantization_name(config),
-        "data_file": config.data,
-        "data_sha256": data.sha256,
-        "n_rows": data.report.rows_used,
-        "eval_file": config.eval_data,
-        "settings": {name: getattr(config, name) for name in told},
-        "steps": steps[-1].record.step + 1 if steps else 0,
-        "n_tokens": sum(timed.tokens for timed in steps),
-        "loss_before": before and before.loss,
-        "loss_after": after and after.loss,
-        "accuracy_before": before and before.accuracy,
-        "accuracy_after": after and after.accuracy,
-        "wall_s": sum(timed.wall_s for timed in steps),
-        "peak_bytes": max((timed.peak_bytes for timed in steps), default=None),
-        "limit_bytes": planned.plan.limit_bytes,
-        "device": planned.machine,
-        "seed": config.seed,
-        "version": __version__,
-    }

@@ -24,7 +24,15 @@ STEPS = 9  # three windows of four, the last one open
 
 
 def config_of(output_dir: Path, **settings: object) -> RunConfig:
-    small = {"max_steps": STEPS, "refresh_every": 4, "batch_size": 4, "eval_steps": 0, "save_steps": 3, "mu": 0.01}
+    small = {
+        "max_steps": STEPS,
+        "refresh_every": 4,
+        "batch_size": 4,
+        "eval_steps": 0,
+        "save_steps": 3,
+        "mu": 0.01,
+        "lr_schedule": "constant",
+    }
     return config_from(demo.demo_settings(), small, {"eval_data": None, "output_dir": str(output_dir), **settings})
 
 

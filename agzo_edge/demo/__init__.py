@@ -24,4 +24,11 @@ def demo_settings() -> dict[str, object]:
         "model": str(MODEL_DIR),
         "data": str(DATA_DIR / TRAIN_NAME),
         "eval_data": str(DATA_DIR / VALID_NAME),
+        "max_seq_length": 64,
+        "max_steps": 400,
+        "eval_steps": 50,
+        # A short run on one frame of words takes a larger step and more directions than the defaults.
+        "learning_rate": 0.2,
+        "lr_schedule": "linear",
+        "rank": 8,
     }

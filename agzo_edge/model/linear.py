@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agzo_edge.model.branch import Branch
-from agzo_edge.model.passes import PassContext, Perturbation
+from agzo_edge.model.passes import PassContext, Perturbation, Refresh
 from agzo_edge.model.weights import BaseWeight
 
 
@@ -46,10 +46,15 @@ class BranchedLinear(FrozenLinear):
             return self._dual_forward(x, branch, context.perturbation)
         rows = self._as_rows(x)
         context.see_input(branch.group, rows)
-        y = self._learned(rows, branch, self.bias)
-        context.see_output(branch, rows, y)
-        if context.perturbation is not None:
-            _perturb_(y, rows, branch, context.perturbation)
+        if context.perturbation is None:
+            y = self._learned(rows, branch, self.bias)
+            context.see_output(branch, rows, y)
+        elif context.refresh is Refresh.NONE:
+            y = self._learned(rows, branch, self.bias, beside=_perturbation_of(rows, branch, context.perturbation))
+        else:  # the noise takes a scale that the output is needed for
+            y = self._learned(rows, branch, self.bias)
+            context.see_output(branch, rows, y)
+            y += _perturbation_of(rows, branch, context.perturbation)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _as_rows(self, x: Tensor) -> Tensor:
@@ -58,13 +63,32 @@ class BranchedLinear(FrozenLinear):
             return x.view(-1, self.context.mask.shape[1], x.shape[1])
         return x
 
-    def _learned(self, x: Tensor, branch: Branch, bias: Tensor | None) -> Tensor:
-        """W x + b + C Aᵀ x, C Aᵀ all that was learned; (..., in_features) -> (..., out_features)."""
-        y = F.linear(x, self.base.dense(), bias)
+    def _learned(
+        self,
+        x: Tensor,  # (..., in_features)
+        branch: Branch,
+        bias: Tensor | None,
+        *,
+        beside: Tensor | None = None,  # (..., out_features), used up
+    ) -> Tensor:  # (..., out_features)
+        """W x + b + C Aᵀ x + `beside`, C Aᵀ all that was learned.
+
+        The small terms come first and the matmul adds W x to them: one pass less over y than the other way
+        round (measured: 5 % of a layer), and in 16 bit one rounding at the size of y instead of three.
+        """
         change = branch.factors(x.dtype)
         if change is not None:
-            y.view(-1, self.out_features).addmm_(_projected(x, change.a).flatten(0, -2), change.c.mT)
-        return y
+            learned = _projected(x, change.a).flatten(0, -2)
+            if beside is None:
+                beside = (learned @ change.c.mT).view(*x.shape[:-1], self.out_features)
+            else:
+                beside.view(-1, self.out_features).addmm_(learned, change.c.mT)
+        if beside is None:
+            return F.linear(x, self.base.dense(), bias)
+        if bias is not None:
+            beside += bias
+        beside.view(-1, self.out_features).addmm_(x.reshape(-1, self.in_features), self.base.dense().mT)
+        return beside
 
     def _dual_forward(self, x: Tensor, branch: Branch, perturbation: Perturbation) -> Tensor:
         """The layer on (x, t): (W x + b, W t + s R Aᵀ x), one matmul over both streams."""
@@ -80,25 +104,25 @@ class BranchedLinear(FrozenLinear):
         if self.bias is not None:
             y = y + self.bias
         self.context.see_output(branch, rows, y)
-        _perturb_(y_tangent, rows, branch, perturbation)
+        y_tangent = y_tangent + _perturbation_of(rows, branch, perturbation)
         shape = (*primal.shape[:-1], self.out_features)
         dual: Tensor = forward_ad.make_dual(y.reshape(shape), y_tangent.reshape(shape))
         return dual
 
 
-def _perturb_(
-    y: Tensor,  # (streams * rows, tokens, out_features), changed in place
+def _perturbation_of(
     x: Tensor,  # (streams * rows, tokens, in_features)
     branch: Branch,
     perturbation: Perturbation,
-) -> None:
-    """y += step · scale · R_b (Aᵀ x): each row with its example's noise, each stream with its own step."""
+) -> Tensor:  # (streams * rows, tokens, out_features)
+    """step · scale · R_b (Aᵀ x): each row with its example's noise, each stream with its own step."""
     noise = perturbation.noise_of(branch)[perturbation.example]  # (rows, out_features, rank)
     projected = _projected(x, branch.group.basis.to(x.dtype))  # (streams * rows, tokens, rank)
+    result = x.new_empty(*x.shape[:-1], branch.out_features)
     streams = len(perturbation.steps)
-    for y_stream, p_stream, step in zip(y.chunk(streams), projected.chunk(streams), perturbation.steps, strict=True):
-        if step:
-            y_stream.baddbmm_(p_stream, noise.mT, alpha=step * branch.scale)
+    for part, p_part, step in zip(result.chunk(streams), projected.chunk(streams), perturbation.steps, strict=True):
+        part.baddbmm_(p_part, noise.mT, beta=0, alpha=step * branch.scale)
+    return result
 
 
 def _projected(

@@ -56,8 +56,12 @@ def batches_of_step(model: EdgeModel, data: ExampleSet, *, step: int, config: Ru
 def probed_mu(model: EdgeModel, data: ExampleSet, *, config: RunConfig) -> MuProbe:
     """The perturbation size for this model, dtype and card, from probes of the first batch.
 
-    The bases are found on the way and left in place: the first step starts from them.
+    The model is left as it was: a run that does not probe, because it is resumed, takes the same steps.
     """
     batches = batches_of_step(model, data, step=0, config=config)
+    before = [(group, group.basis) for group in model.groups]
     find_bases(model, batches, config)
-    return probe_mu(lambda mu: measure(model, batches, step=0, mu=mu, config=config)[0].projected)
+    probe = probe_mu(lambda mu: measure(model, batches, step=0, mu=mu, config=config)[0].projected)
+    for group, basis in before:
+        group.basis = basis
+    return probe

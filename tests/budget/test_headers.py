@@ -45,9 +45,7 @@ def test_shards_are_read_as_one_checkpoint(tmp_path: Path) -> None:
     assert model_facts(str(tmp_path)).linears == whole.linears
 
 
-@pytest.mark.parametrize(
-    "name", ["../other.safetensors", "/etc/passwd", "a/../../b", "C:\\x", "..\\x", "\\\\s\\x", ""]
-)
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../b", "C:\\x", "..\\x", "\\\\s\\x", ""])
 def test_a_shard_outside_the_directory_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match="outside its directory"):
         shard_names({"weight_map": {"x.weight": name}}, "model")
@@ -99,9 +97,7 @@ def test_a_tensor_that_contradicts_itself_is_refused(tmp_path: Path, entry: obje
 
 
 @given(content=st.binary(max_size=200))
-def test_arbitrary_bytes_are_refused_and_never_crash(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
-) -> None:
+def test_arbitrary_bytes_are_refused_and_never_crash(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "config.json").write_text(json.dumps(LLAMA))
     (folder / "model.safetensors").write_bytes(content)
@@ -134,9 +130,7 @@ def test_a_pickled_checkpoint_is_refused_with_the_remedy(tmp_path: Path) -> None
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
     ],
 )
-def test_what_is_no_plain_causal_model_is_refused_by_reason(
-    tmp_path: Path, change: dict, reason: str
-) -> None:
+def test_what_is_no_plain_causal_model_is_refused_by_reason(tmp_path: Path, change: dict, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         model_facts(str(write_llama(tmp_path, config=LLAMA | change)))
 

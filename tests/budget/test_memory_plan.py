@@ -61,38 +61,28 @@ def test_no_component_is_ever_negative_and_the_plan_is_json(config: RunConfig, p
 
 @given(config=configs(), profile=st.sampled_from([CPU, GPU]), more=st.integers(1, 40))
 @pytest.mark.parametrize("field", ["batch_size", "max_seq_length", "rank", "adapter_rank"])
-def test_more_of_a_setting_never_needs_less_memory(
-    field: str, config: RunConfig, profile: Any, more: int
-) -> None:
+def test_more_of_a_setting_never_needs_less_memory(field: str, config: RunConfig, profile: Any, more: int) -> None:
     larger = config.model_copy(update={field: getattr(config, field) + more})
     assert (
-        predicted_memory(FACTS, larger, profile).device_bytes
-        >= predicted_memory(FACTS, config, profile).device_bytes
+        predicted_memory(FACTS, larger, profile).device_bytes >= predicted_memory(FACTS, config, profile).device_bytes
     )
 
 
 @given(config=configs(), size=st.integers(1, 64))
 def test_a_micro_batch_never_needs_more_than_the_batch(config: RunConfig, size: int) -> None:
     smaller = config.model_copy(update={"micro_batch_size": min(size, config.batch_size)})
-    assert (
-        predicted_memory(FACTS, smaller, CPU).device_bytes
-        <= predicted_memory(FACTS, config, CPU).device_bytes
-    )
+    assert predicted_memory(FACTS, smaller, CPU).device_bytes <= predicted_memory(FACTS, config, CPU).device_bytes
 
 
 def test_fewer_bits_need_fewer_bytes() -> None:
-    sizes = [
-        layer_bytes((512, 512), form, value_bytes=2) for form in ("4bit-nested", "4bit", "8bit", "dense")
-    ]
+    sizes = [layer_bytes((512, 512), form, value_bytes=2) for form in ("4bit-nested", "4bit", "8bit", "dense")]
     assert sizes == sorted(sizes)
     assert sizes[1] == 512 * 512 // 2 + 4 * 512 * 512 // 64
     assert sizes[2] == 512 * 512 + 4 * 512
 
 
 def test_an_exact_difference_needs_more_than_a_central_one() -> None:
-    central, exact = (
-        predicted_memory(WIDE, config_from({"difference": d}), CPU) for d in ("central", "exact")
-    )
+    central, exact = (predicted_memory(WIDE, config_from({"difference": d}), CPU) for d in ("central", "exact"))
     assert component(exact, "activations") > component(central, "activations")
     assert component(exact, "logits chunk") == 2 * component(central, "logits chunk")
 
@@ -126,9 +116,7 @@ def test_a_tied_head_saves_its_embeddings() -> None:
         (GPU, {"device": "cpu"}, "float32"),
     ],
 )
-def test_the_compute_dtype_follows_the_machine_unless_it_is_given(
-    profile: Any, settings: Any, dtype: str
-) -> None:
+def test_the_compute_dtype_follows_the_machine_unless_it_is_given(profile: Any, settings: Any, dtype: str) -> None:
     assert memory_plan(FACTS, config_from(settings), profile).dtype == dtype
 
 
@@ -206,9 +194,7 @@ def test_target_modules_shrink_what_is_learned_and_a_wrong_name_is_refused() -> 
 def test_a_checkpoint_saved_in_4_bit_is_planned_so_whatever_the_flags_say() -> None:
     packed = replace(FACTS, stored_as="4bit")
     dense = config_from({"load_in_4bit": False})
-    assert component(memory_plan(packed, dense, CPU), "weights") < component(
-        memory_plan(FACTS, dense, CPU), "weights"
-    )
+    assert component(memory_plan(packed, dense, CPU), "weights") < component(memory_plan(FACTS, dense, CPU), "weights")
 
 
 def test_the_plan_and_the_loss_agree_on_the_logits_chunk() -> None:

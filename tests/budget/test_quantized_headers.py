@@ -21,9 +21,7 @@ def write_quantized(folder: Path, parts: dict[str, tuple[str, tuple[int, ...], b
         if name != f"{NAME}.weight"
     }
     (folder / "config.json").write_text(json.dumps(LLAMA))
-    write_safetensors(
-        folder / "model.safetensors", entries | {f"{NAME}.{key}": part for key, part in parts.items()}
-    )
+    write_safetensors(folder / "model.safetensors", entries | {f"{NAME}.{key}": part for key, part in parts.items()})
     return str(folder)
 
 
@@ -53,9 +51,7 @@ def test_a_packed_layer_without_its_state_is_inferred_from_the_width(tmp_path: P
     assert model_facts(write_quantized(tmp_path, parts)).linears[NAME] == (16, 32)
 
 
-@pytest.mark.parametrize(
-    "state", [{}, {"shape": [16, 33]}, {"shape": [0, 32]}, {"shape": "wide"}, [], {"shape": [1]}]
-)
+@pytest.mark.parametrize("state", [{}, {"shape": [16, 33]}, {"shape": [0, 32]}, {"shape": "wide"}, [], {"shape": [1]}])
 def test_a_state_that_does_not_match_its_weight_is_refused(tmp_path: Path, state: Any) -> None:
     with pytest.raises(ModelError, match="broken checkpoint"):
         model_facts(write_quantized(tmp_path, four_bit(state)))

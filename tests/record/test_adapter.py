@@ -65,9 +65,7 @@ def tiny_neox() -> nn.Module:
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer but the head, which GPT-2 shares with its embedding."""
     head = model.get_output_embeddings()
-    return {
-        name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head
-    }
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:
@@ -128,9 +126,7 @@ def test_peft_computes_what_adding_the_pairs_by_hand_computes(
     before, by_hand = _logits(model), _logits_with(model, pairs)
     _save(tmp_path, pairs, transposed=make_model is tiny_gpt2)
     by_peft = PeftModel.from_pretrained(model, str(tmp_path))
-    adapted = {
-        name.removeprefix("base_model.model.") for name, m in by_peft.named_modules() if hasattr(m, "lora_A")
-    }
+    adapted = {name.removeprefix("base_model.model.") for name, m in by_peft.named_modules() if hasattr(m, "lora_A")}
     assert adapted == set(pairs)
     assert _relative_error(by_hand, before) > 0.1
     assert _relative_error(_logits(by_peft), by_hand) < 1e-4

@@ -84,9 +84,7 @@ def test_what_is_more_than_a_pair_for_each_layer_is_refused(
         ({f"{KEY}B.weight": torch.full((3, 2), 3e38)}, "NaN or infinite"),
     ],
 )
-def test_tensors_that_are_no_pairs_are_refused_by_name(
-    tmp_path: Path, weights: dict[str, Tensor], fault: str
-) -> None:
+def test_tensors_that_are_no_pairs_are_refused_by_name(tmp_path: Path, weights: dict[str, Tensor], fault: str) -> None:
     with pytest.raises(AdapterError, match=fault):
         load_adapter(_adapter(tmp_path, {}, weights))
 

@@ -39,9 +39,7 @@ def test_a_disk_that_fills_up_at_any_call_leaves_the_old_file(
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_a_write_that_the_kernel_takes_in_parts_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_the_kernel_takes_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data[:3])))

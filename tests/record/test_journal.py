@@ -172,9 +172,7 @@ def test_anything_else_that_is_wrong_is_named_with_its_line(tmp_path: Path, line
         _read(tmp_path / "journal.jsonl", lines)
 
 
-def test_a_line_past_the_limit_is_neither_read_nor_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_past_the_limit_is_neither_read_nor_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "journal.jsonl"
     content = _written(path, _records(1))
     monkeypatch.setattr(journal_module, "MAX_LINE_BYTES", 1000)
@@ -220,9 +218,7 @@ def test_a_full_disk_leaves_the_earlier_steps_readable(
     assert read_journal(path).records == records
 
 
-def test_an_append_that_was_not_synced_does_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_append_that_was_not_synced_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "journal.jsonl"
     content = _written(path, _records(1))
 

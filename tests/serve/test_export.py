@@ -73,9 +73,7 @@ def test_a_lora_made_by_peft_with_a_scaling_of_its_own_is_exported_with_scaling_
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
-def test_everything_wrong_with_a_request_is_said_at_once(
-    tmp_path: Path, llama: tuple[str, Path, Any]
-) -> None:
+def test_everything_wrong_with_a_request_is_said_at_once(tmp_path: Path, llama: tuple[str, Path, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         export_adapter(llama[1], to="onnx", output=tmp_path / "a.gguf", dtype="int4")
     message = str(caught.value)

@@ -54,9 +54,7 @@ def in_llama_cpps_order(change: np.ndarray[Any, Any], n_heads: int) -> np.ndarra
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
-def test_llama_cpp_finds_every_change_under_its_own_name_and_in_its_own_order(
-    tmp_path: Path, family: str
-) -> None:
+def test_llama_cpp_finds_every_change_under_its_own_name_and_in_its_own_order(tmp_path: Path, family: str) -> None:
     pairs = make_adapter(tmp_path / "adapter", tiny_checkpoint(family))
     export_adapter(tmp_path / "adapter", to="gguf", output=tmp_path / "out")
     reader = read_gguf(tmp_path / "out")

@@ -25,9 +25,7 @@ def llama(tmp_path: Path) -> tuple[str, Path, dict[str, LowRankPair]]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "neox", "opt"])
-def test_a_merged_checkpoint_gives_the_logits_of_the_base_with_added_weights(
-    tmp_path: Path, family: str
-) -> None:
+def test_a_merged_checkpoint_gives_the_logits_of_the_base_with_added_weights(tmp_path: Path, family: str) -> None:
     source = tiny_checkpoint(family)
     pairs = make_adapter(tmp_path / "adapter", source, transposed=family == "gpt2")
     export_adapter(tmp_path / "adapter", to="merged", output=tmp_path / "out")
@@ -51,9 +49,7 @@ def test_sixteen_bit_weights_are_added_to_in_float32_and_rounded_once(
 ) -> None:
     source, adapter, pairs = llama
     reference(source, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
-    export_adapter(
-        adapter, to="merged", output=tmp_path / "out", model_source=str(tmp_path / "base"), dtype=dtype
-    )
+    export_adapter(adapter, to="merged", output=tmp_path / "out", model_source=str(tmp_path / "base"), dtype=dtype)
     name = "model.layers.1.mlp.down_proj"
     before = load_file(tmp_path / "base" / "model.safetensors")[f"{name}.weight"]
     after = load_file(tmp_path / "out" / "model.safetensors")

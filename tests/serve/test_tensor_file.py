@@ -22,9 +22,7 @@ def held(name: str, values: Tensor) -> LazyTensor:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    kinds=st.lists(
-        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=6
-    )
+    kinds=st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=6)
 )
 def test_any_tensors_are_read_back_bit_for_bit_by_safetensors(
     tmp_path_factory: pytest.TempPathFactory, kinds: list[tuple[torch.dtype, list[int]]]
@@ -51,9 +49,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
         alive.append(weakref.ref(values))
         return values
 
-    write_tensor_file(
-        tmp_path / "a.safetensors", [LazyTensor(str(i), (8,), torch.float32, fresh) for i in range(5)]
-    )
+    write_tensor_file(tmp_path / "a.safetensors", [LazyTensor(str(i), (8,), torch.float32, fresh) for i in range(5)])
     assert len(alive) == 5
 
 

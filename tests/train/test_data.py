@@ -56,9 +56,7 @@ def test_choice_examples_weigh_the_same_and_know_their_rows() -> None:
     micro_batch_size=st.integers(1, 50),
     objective=st.sampled_from(["lm", "choice"]),
 )
-def test_micro_batches_hold_the_batch_in_order_with_its_weights(
-    n_labels, micro_batch_size, objective
-) -> None:
+def test_micro_batches_hold_the_batch_in_order_with_its_weights(n_labels, micro_batch_size, objective) -> None:
     examples = [Example((token_row(1, n),), 0, f"f:{i}") for i, n in enumerate(n_labels)]
     whole = collate(examples, pad_id=PAD, objective=objective)
     parts = list(micro_batches(examples, micro_batch_size=micro_batch_size, pad_id=PAD, objective=objective))

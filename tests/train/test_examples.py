@@ -43,16 +43,12 @@ def test_an_example_of_choice_has_a_row_for_each_option(jsonl: Jsonl, tokenizer:
 def test_the_hash_is_of_what_is_learned(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
     first = load(jsonl({"prompt": "ab", "completion": "c"}), tokenizer).sha256
     assert load(jsonl("", {"completion": "c", "prompt": "ab", "id": 3}), tokenizer).sha256 == first
-    assert (
-        load(jsonl({"prompt": "a", "completion": "bc"}), tokenizer).sha256 != first
-    )  # the mask alone differs
+    assert load(jsonl({"prompt": "a", "completion": "bc"}), tokenizer).sha256 != first  # the mask alone differs
     assert load(jsonl({"prompt": "ab", "completion": "d"}), tokenizer).sha256 != first
 
 
 def test_all_faults_come_at_once_in_the_order_of_the_lines(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
-    source = jsonl(
-        {"text": "a"}, "{broken", {"text": ""}, {"text": "a" * 100}, {"text": "b"}, {"prompt": "c"}
-    )
+    source = jsonl({"text": "a"}, "{broken", {"text": ""}, {"text": "a" * 100}, {"text": "b"}, {"prompt": "c"})
     with pytest.raises(DataError) as caught:
         load(source, tokenizer)
     lines = str(caught.value).splitlines()
@@ -79,17 +75,13 @@ def test_truncation_takes_the_end_of_a_row_and_is_counted(jsonl: Jsonl, tokenize
     assert (data.report.rows_truncated, data.report.rows_used, data.report.longest_tokens) == (1, 2, 6)
 
 
-def test_truncation_takes_the_start_of_a_choice_prompt_and_keeps_bos(
-    jsonl: Jsonl, tokenizer: Tokenizer
-) -> None:
+def test_truncation_takes_the_start_of_a_choice_prompt_and_keeps_bos(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
     source = jsonl({"prompt": "abcdef", "options": ["xyz", "w"], "answer": 0})
     data = load(source, tokenizer, objective="choice", max_seq_length=6, overlong="truncate")
     rows = data.examples[0].rows
     assert [tokenizer.decode(row.input_ids) for row in rows] == ["<s>efxyz", "<s>efw"]
     assert [int(row.is_label.sum()) for row in rows] == [3, 1]
-    with pytest.raises(
-        DataError, match=r"notes.jsonl:1: an option alone has 3 tokens: no prompt would be left of 4"
-    ):
+    with pytest.raises(DataError, match=r"notes.jsonl:1: an option alone has 3 tokens: no prompt would be left of 4"):
         load(source, tokenizer, objective="choice", max_seq_length=4, overlong="truncate")
 
 
@@ -99,9 +91,7 @@ def test_dropped_rows_are_counted(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
     assert (data.report.rows_read, data.report.rows_used, data.report.rows_dropped) == (2, 1, 1)
 
 
-def test_a_row_without_a_label_is_an_error_unless_it_may_be_dropped(
-    jsonl: Jsonl, tokenizer: Tokenizer
-) -> None:
+def test_a_row_without_a_label_is_an_error_unless_it_may_be_dropped(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
     tokenizer.chat_template = CHATML
     mute, talk = [{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Hi"}]
     talk.append({"role": "assistant", "content": "Ho"})
@@ -115,9 +105,7 @@ def test_a_row_without_a_label_is_an_error_unless_it_may_be_dropped(
 
 def test_truncation_to_the_prompt_alone_is_an_error(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
     source = jsonl({"prompt": "abcdef", "completion": "g"})
-    with pytest.raises(
-        DataError, match=r"notes.jsonl:1: no label token: of 9 tokens the first 5 are all prompt"
-    ):
+    with pytest.raises(DataError, match=r"notes.jsonl:1: no label token: of 9 tokens the first 5 are all prompt"):
         load(source, tokenizer, max_seq_length=5, overlong="truncate")
 
 

@@ -47,9 +47,7 @@ def test_a_row_of_no_format_is_told_what_it_has_and_what_it_needs() -> None:
 
 def test_every_row_of_another_format_than_the_first_is_named() -> None:
     faults = faults_of({"text": "a"}, {"text": "b"}, {"prompt": "a", "completion": "b"}, {"text": "c"})
-    assert faults == [
-        "f:3: a prompt-completion row, but the file began with text (f:1): keep one format in a file"
-    ]
+    assert faults == ["f:3: a prompt-completion row, but the file began with text (f:1): keep one format in a file"]
 
 
 @pytest.mark.parametrize(

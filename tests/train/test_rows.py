@@ -77,9 +77,7 @@ def test_an_open_quote_in_a_csv_is_named_by_the_line_where_it_opens(tmp_path: Pa
 
 
 def test_a_cell_can_hold_a_list_as_json(tmp_path: Path) -> None:
-    rows = write_table(
-        tmp_path / "t.tsv", 'prompt\toptions\tanswer\nIs it?\t["yes", "no"]\tno\nIs it?\t[yes\t0\n'
-    )
+    rows = write_table(tmp_path / "t.tsv", 'prompt\toptions\tanswer\nIs it?\t["yes", "no"]\tno\nIs it?\t[yes\t0\n')
     assert [row.fields["options"] for row in rows] == [["yes", "no"], "[yes"]
 
 

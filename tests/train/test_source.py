@@ -46,8 +46,6 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(source: str) -> None:
 def test_a_hub_data_set_that_cannot_be_had_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        DataError, match=r"nobody/nothing: .* train split .* cannot be had from the hub: .*"
-    ) as caught:
+    with pytest.raises(DataError, match=r"nobody/nothing: .* train split .* cannot be had from the hub: .*") as caught:
         list(read_rows("nobody/nothing", split="train"))
     assert "\n" not in str(caught.value)

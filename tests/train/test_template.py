@@ -130,9 +130,7 @@ def test_every_assistant_turn_is_learned_and_nothing_else(tokenizer: Tokenizer, 
     tokenizer.chat_template = template
     row = row_of({"messages": TALK}, "messages", tokenizer)
     assert tokenizer.decode(row.input_ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
-    end = (
-        "<|im_end|>" if template == CHATML_MARKED else "<|im_end|>\n"
-    )  # a prefix cannot tell whose the newline is
+    end = "<|im_end|>" if template == CHATML_MARKED else "<|im_end|>\n"  # a prefix cannot tell whose the newline is
     assert labels(row, tokenizer) == [f"Ho{end}", f"No more.{end}"]
 
 
@@ -151,9 +149,7 @@ def test_turns_are_found_where_a_template_drops_earlier_thoughts(tokenizer: Toke
 def test_a_template_that_rewrites_the_past_is_refused(tokenizer: Tokenizer) -> None:
     tokenizer.chat_template = SYSTEM_LAST
     assert labels(row_of({"messages": TALK[:3]}, "messages", tokenizer), tokenizer) == ["Ho</s>"]
-    with pytest.raises(
-        DataError, match=r"rewrites what stands before message 3 .* give prompt and completion"
-    ):
+    with pytest.raises(DataError, match=r"rewrites what stands before message 3 .* give prompt and completion"):
         row_of({"messages": TALK}, "messages", tokenizer)
 
 
@@ -210,8 +206,7 @@ words = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, 
 @given(contents=st.lists(words, min_size=2, max_size=7))
 def test_prefix_difference_agrees_with_generation_marks(contents: Sequence[str]) -> None:
     talk = [
-        {"role": "user" if turn % 2 == 0 else "assistant", "content": content}
-        for turn, content in enumerate(contents)
+        {"role": "user" if turn % 2 == 0 else "assistant", "content": content} for turn, content in enumerate(contents)
     ]
     plain = character_tokenizer("<s> $A", chat_template=CHATML)
     marked = character_tokenizer("<s> $A", chat_template=CHATML_MARKED)

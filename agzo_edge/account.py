@@ -1,0 +1,111 @@
+"""What a run tells of itself: the model card and the report."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from agzo_edge import __version__
+from agzo_edge.config import RunConfig
+from agzo_edge.events import Planned
+from agzo_edge.record.card import model_card
+from agzo_edge.train.data import ExampleSet
+from agzo_edge.train.evaluate import Metrics
+from agzo_edge.train.loop import TimedStep
+
+_TOLD_SETTINGS = (
+    *("rank", "adapter_rank", "refresh_every", "noise", "difference"),
+    *("optimizer", "learning_rate", "batch_size"),
+)
+
+
+@dataclass
+class Account:
+    """The sums of a run, over all its sittings."""
+
+    config: RunConfig
+    planned: Planned
+    data: ExampleSet
+    held_out: ExampleSet | None
+    steps: int = 0
+    tokens: int = 0
+    wall_s: float = 0.0
+    peak_bytes: int = 0
+    evaluations: dict[int, Metrics] = field(default_factory=dict)
+
+    def take(self, timed: TimedStep) -> None:
+        """Add a step."""
+        self._add(timed.tokens, timed.wall_s, timed.peak_bytes)
+
+    def take_records(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add the steps of earlier sittings, from the journal."""
+        for record in records:
+            self._add(int(record["tokens"]), float(record["wall_s"]), int(record["peak_bytes"]))
+
+    def _add(self, tokens: int, wall_s: float, peak_bytes: int) -> None:
+        self.steps += 1
+        self.tokens += tokens
+        self.wall_s += wall_s
+        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+
+    @property
+    def before(self) -> Metrics | None:
+        """The first evaluation, if there is a later one."""
+        return self.evaluations[min(self.evaluations)] if len(self.evaluations) > 1 else None
+
+    @property
+    def after(self) -> Metrics | None:
+        """The last evaluation."""
+        return self.evaluations[max(self.evaluations)] if self.evaluations else None
+
+    def card(self) -> str:
+        """README.md of the adapter as it is now."""
+        before, after = self.before, self.after if self.before else None
+        return model_card(
+            {
+                "base_model": self.config.model,
+                "quantization": quantization_name(self.config),
+                "data_file": self.config.data,
+                "data_sha256": self.data.sha256,
+                "n_rows": self.data.report.rows_used,
+                "eval_file": self.config.eval_data,
+                "n_eval_rows": self.held_out and self.held_out.report.rows_used,
+                "settings": {name: getattr(self.config, name) for name in _TOLD_SETTINGS},
+                "steps": self.steps,
+                "n_tokens": self.tokens,
+                "loss_before": before and before.loss,
+                "loss_after": after and after.loss,
+                "accuracy_before": before and before.accuracy,
+                "accuracy_after": after and after.accuracy,
+                "wall_s": self.wall_s,
+                "peak_bytes": self.peak_bytes or None,
+                "limit_bytes": self.planned.plan.limit_bytes,
+                "device": self.planned.machine,
+                "seed": self.config.seed,
+                "version": __version__,
+            }
+        )
+
+    def report(self, samples: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        """The content of report.json."""
+        return {
+            "model": self.config.model,
+            "finished": True,
+            "steps": self.steps,
+            "wall_s": round(self.wall_s, 3),
+            "tokens": self.tokens,
+            "tokens_per_s": round(self.tokens / self.wall_s, 1) if self.wall_s else None,
+            "predicted_peak_bytes": self.planned.plan.device_bytes,
+            "measured_peak_bytes": self.peak_bytes or None,
+            "limit_bytes": self.planned.plan.limit_bytes,
+            "data": asdict(self.data.report),
+            "held_out_data": asdict(self.held_out.report) if self.held_out else None,
+            "evaluations": {str(step): asdict(metrics) for step, metrics in sorted(self.evaluations.items())},
+            "samples": list(samples),
+        }
+
+
+def quantization_name(config: RunConfig) -> str:
+    """The base's form in a word: nf4, fp4, int8, or none."""
+    if config.load_in_8bit:
+        return "int8"
+    return config.quant_type if config.load_in_4bit else "none"

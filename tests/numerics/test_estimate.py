@@ -1,0 +1,97 @@
+"""Losses in, numbers for a step out."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from agzo_edge.numerics.basis import starting_basis
+from agzo_edge.numerics.estimate import (
+    Spread,
+    all_finite,
+    clipped,
+    gradient_estimate,
+    mean_square,
+    projected_gradients,
+)
+from agzo_edge.numerics.noise import NoiseKind, draw_noise
+
+
+def test_projected_gradients_are_the_textbook_differences() -> None:
+    losses = torch.tensor([[2.0, 3.0], [1.0, 3.5]])
+    assert projected_gradients(losses, mu=0.5, difference="central").tolist() == [1.0, -0.5]
+    assert projected_gradients(losses, mu=0.5, difference="forward").tolist() == [2.0, -1.0]
+    assert projected_gradients(losses, mu=0.5, difference="exact").tolist() == [1.0, 3.5]
+
+
+@pytest.mark.parametrize("kind", ["sign", "gaussian"])
+def test_the_estimates_mean_is_the_gradient_inside_the_basis(kind: NoiseKind) -> None:
+    # loss_b(W) = ½ ‖W H_b − T_b‖²: a quadratic, so the derivative along R Aᵀ is exactly <∇_b, R Aᵀ>
+    generator = torch.Generator().manual_seed(0)
+    examples, out_features, in_features, rank, draws = 3, 4, 6, 2, 4000
+    gradients = torch.randn(examples, out_features, in_features, generator=generator)
+    weights = torch.tensor([0.5, 0.3, 0.2])
+    basis = starting_basis(in_features, rank)
+    estimates = []
+    for step in range(draws):
+        noise = draw_noise(kind, (examples, out_features, rank), seed=1, step=step, layer=0, first_example=0)
+        projected = (gradients * (noise @ basis.T)).sum((1, 2))
+        estimates.append(gradient_estimate(noise, weights * projected) @ basis.T)
+    stacked = torch.stack(estimates)
+    expected = torch.einsum("b,boi->oi", weights, gradients) @ basis @ basis.T
+    error = (stacked.mean(0) - expected).abs() / (stacked.std(0) / draws**0.5)
+    assert float(error.max()) < 5  # standard errors
+    assert float(stacked.mean(0).norm()) > 10 * float((stacked.mean(0) - expected).norm())
+
+
+@settings(max_examples=20, deadline=None)
+@given(examples=st.integers(1, 5), out_features=st.integers(1, 9), rank=st.integers(1, 4))
+def test_the_estimate_is_the_weighted_sum_of_the_noise(examples: int, out_features: int, rank: int) -> None:
+    noise = draw_noise("sign", (examples, out_features, rank), seed=1, step=2, layer=3, first_example=0)
+    weighted = torch.linspace(-1, 2, examples)
+    expected = sum(w * r for w, r in zip(weighted, noise, strict=True))
+    assert_close(gradient_estimate(noise, weighted), expected)
+    assert torch.equal(gradient_estimate(noise.bfloat16(), weighted), gradient_estimate(noise, weighted))
+
+
+def test_the_spread_is_an_exponential_mean_with_its_bias_corrected() -> None:
+    steps = [torch.tensor(values) for values in ([1.0, 2.0], [3.0, -4.0], [0.5, 0.0])]
+    spread = Spread()
+    assert spread.root_mean_square() == 0.0
+    for step in steps:
+        spread.observe(step)
+    shares = [Spread.DECAY**age for age in (2, 1, 0)]
+    expected = sum(s * mean_square(x) for s, x in zip(shares, steps, strict=True)) / sum(shares)
+    assert spread.root_mean_square() == pytest.approx(math.sqrt(expected), rel=1e-12)
+
+
+def test_the_first_spread_is_that_of_the_first_step() -> None:
+    spread = Spread()
+    spread.observe(torch.tensor([3.0, 4.0]))
+    assert spread.root_mean_square() == pytest.approx(math.sqrt(12.5))
+
+
+def test_a_spread_goes_on_from_its_two_numbers() -> None:
+    whole, first = Spread(), Spread()
+    for value in (1.0, 5.0):
+        whole.observe(torch.tensor([value]))
+        first.observe(torch.tensor([value]))
+    second = Spread(total=first.total, steps=first.steps)
+    for spread in (whole, second):
+        spread.observe(torch.tensor([2.0]))
+    assert whole.root_mean_square() == second.root_mean_square()
+
+
+def test_clipping_cuts_both_ends_and_a_limit_of_zero_cuts_nothing() -> None:
+    projected = torch.tensor([-5.0, 0.5, 9.0])
+    assert clipped(projected, limit=2.0).tolist() == [-2.0, 0.5, 2.0]
+    assert clipped(projected, limit=0.0) is projected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_loss_is_found(bad: float) -> None:
+    assert all_finite(torch.zeros(2, 3))
+    assert not all_finite(torch.tensor([[0.0, 1.0], [bad, 2.0]]))

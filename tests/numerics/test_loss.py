@@ -1,0 +1,87 @@
+"""The loss, against torch's and by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from agzo_edge.numerics import loss
+from agzo_edge.numerics.loss import choice_losses, label_losses, option_table, row_sums, token_losses
+
+HIDDEN, VOCAB = 8, 37
+
+
+def hidden_and_labels(streams: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(streams, positions, HIDDEN, generator=generator)
+    labels = torch.randint(0, VOCAB, (positions,), generator=generator)
+    return hidden, labels, torch.randn(VOCAB, HIDDEN, generator=generator)
+
+
+def test_token_losses_are_torchs_cross_entropy() -> None:
+    hidden, labels, head = hidden_and_labels(2, 11)
+    logits = hidden @ head.T
+    expected = torch.stack([F.cross_entropy(stream, labels, reduction="none") for stream in logits])
+    assert_close(token_losses(logits, labels), expected)
+
+
+def test_token_losses_in_16_bit_are_summed_in_float32() -> None:
+    hidden, labels, head = hidden_and_labels(1, 11)
+    logits = (hidden @ head.T).bfloat16()
+    assert token_losses(logits, labels).dtype is torch.float32
+    assert_close(token_losses(logits, labels), token_losses(logits.float(), labels))
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    logits = torch.tensor([[[3e4, -3e4, 0.0]]])
+    assert token_losses(logits, torch.tensor([0])).tolist() == [[0.0]]
+    assert token_losses(logits, torch.tensor([1])).tolist() == [[6e4]]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 11, 1000])
+def test_the_size_of_a_chunk_does_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, labels, head = hidden_and_labels(2, 11)
+    monkeypatch.setattr(loss, "LOGITS_CHUNK_BYTES", chunk * 4 * VOCAB * 2)
+    seen: list[int] = []
+
+    def logits_of(states: Tensor) -> Tensor:
+        seen.append(states.shape[1])
+        return states @ head.T
+
+    got = label_losses(hidden, labels, logits_of, vocab_size=VOCAB)
+    assert max(seen) == min(chunk, 11)
+    assert sum(seen) == 11
+    assert_close(got, token_losses(hidden @ head.T, labels))
+
+
+def test_a_vocabulary_larger_than_a_chunk_still_goes_one_token_at_a_time() -> None:
+    assert loss.chunk_tokens(10**9, 2) == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.lists(st.integers(0, 4), min_size=1, max_size=20))
+def test_row_sums_are_sums_over_each_rows_positions(rows: list[int]) -> None:
+    values = torch.arange(2.0 * len(rows)).reshape(2, -1)
+    got = row_sums(values, torch.tensor(rows), 5)
+    for row in range(5):
+        mine = [i for i, r in enumerate(rows) if r == row]
+        assert_close(got[:, row], values[:, mine].sum(1))
+
+
+def test_choice_losses_with_differing_numbers_of_options_are_those_by_hand() -> None:
+    scores = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.25], [0.0, 0.0, 3.0, 1.0, 2.0]])
+    table = option_table(scores, torch.tensor([0, 0, 1, 1, 1]), 2)
+    assert table[0].tolist() == [[1.0, 2.0, -torch.inf], [-1.0, 0.5, 0.25]]
+    answer = torch.tensor([1, 0])
+    expected = torch.stack(
+        [torch.stack([F.cross_entropy(s[:2], answer[0]), F.cross_entropy(s[2:], answer[1])]) for s in scores]
+    )
+    assert_close(choice_losses(table, answer), expected)
+
+
+def test_a_single_option_costs_nothing() -> None:
+    table = option_table(torch.tensor([[-7.0, 1.0, 2.0]]), torch.tensor([0, 1, 1]), 2)
+    assert choice_losses(table, torch.tensor([0, 1]))[0, 0] == 0.0
