@@ -4,7 +4,7 @@ A setting is a keyword argument with the name of a field of `RunConfig`; config.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,30 +148,51 @@ def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
     return loaded
 
 
-def replay(run_dir: str | Path, *, output: str | Path | None = None, until_step: int | None = None) -> Path:
-    """Rebuild a run's adapter from its journal and bases alone, into `output` (RUN_DIR/replayed by default).
+def replay(
+    run: str | Path,  # the directory of a run, or a file that `export(..., to="replay")` wrote
+    *,
+    output: str | Path | None = None,
+    until_step: int | None = None,
+    skip: Container[int] = (),
+) -> Path:
+    """Rebuild a run's adapter from its journal and bases alone, into `output` (RUN/replayed by default).
 
-    No data, no model and no forward pass. Raises AdapterError when the run's files are damaged.
+    No data, no model and no forward pass. `until_step` gives the adapter of an earlier step; `skip` leaves steps
+    out, for the sgd optimizer. Raises AdapterError when the run's files are damaged.
     """
-    from agzo_edge.config import RunConfig
-    from agzo_edge.rundir import branches_of, bring_up_to, read_run, require_unused, save_result
-    from agzo_edge.train.learner import Learner
+    from agzo_edge.rebuild import bring_up_to, learner_of, rebuilt
+    from agzo_edge.record.replay_file import load_replay
+    from agzo_edge.rundir import read_run, require_unused, save_result
 
-    directory = Path(run_dir)
-    journal = read_run(directory)
-    target = Path(output) if output else directory / "replayed"
+    source = Path(run)
+    target = Path(output) if output else source.with_suffix("") / "replayed"
     require_unused(target)
-    learner = Learner(branches_of(journal.header), RunConfig(**journal.header["config"]))
-    done = bring_up_to(learner, directory, journal, until_step=until_step, from_start=True)
-    save_result(target, learner, journal.header, card=f"Rebuilt from the journal of {directory.name}, {done} steps.\n")
+    if source.is_file():
+        kept = load_replay(source)
+        learner, header = rebuilt(kept, until_step=until_step, skip=skip), kept.header
+    else:
+        journal = read_run(source)
+        learner, header = learner_of(journal.header), journal.header
+        bring_up_to(learner, source, journal, until_step=until_step, from_start=True, skip=skip)
+    save_result(target, learner, header, card=f"Rebuilt by `agzo-edge replay` from {source.name}.\n")
     return target
 
 
 def export(adapter: str | Path, *, to: str, output: str | Path, model: str | None = None, **settings: Any) -> Path:
-    """Write an adapter in another form: `peft`, `merged` (a full checkpoint) or `gguf` (for llama.cpp)."""
+    """Write an adapter in another form: `peft`, `merged` (a full checkpoint), `gguf` (for llama.cpp), or `replay`.
+
+    `replay` takes the directory of a run and writes one safetensors file from which `replay` rebuilds the adapter.
+    """
+    from agzo_edge.rebuild import replay_file_of
+    from agzo_edge.record.replay_file import save_replay
     from agzo_edge.serve.export import export_adapter
 
-    return export_adapter(Path(adapter), to=to, output=Path(output), model_source=model, **settings)
+    if to != "replay":
+        return export_adapter(Path(adapter), to=to, output=Path(output), model_source=model, **settings)
+    if Path(output).exists():
+        raise ConfigError(f"{output} exists: name a new file")
+    save_replay(Path(output), replay_file_of(Path(adapter)))
+    return Path(output)
 
 
 def report(run_dir: str | Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from agzo_edge.errors import ConfigError, numbered
 from agzo_edge.units import parse_bytes
 
+KEPT_CHECKPOINTS = 2  # the last one, and one before it in case the disk dies under the last
+
 
 def _bytes_from_text(value: object) -> object:
     return parse_bytes(value) if isinstance(value, str) else value

@@ -10,38 +10,33 @@ report.json                    what it cost and what it gave
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 
-from agzo_edge.config import RunConfig
+from agzo_edge.config import KEPT_CHECKPOINTS, RunConfig
 from agzo_edge.errors import AdapterError, numbered
-from agzo_edge.model.branch import Branch, make_branches
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.record.adapter import LowRankPair, load_adapter, save_adapter
-from agzo_edge.record.bases import WindowBases, load_bases, save_bases
+from agzo_edge.record.bases import WindowBases, save_bases
 from agzo_edge.record.files import aside, atomic_write_bytes, atomic_write_text
 from agzo_edge.record.journal import Journal, JournalWriter, read_journal
 from agzo_edge.record.lock import LOCK_NAME
 from agzo_edge.record.strict_json import strict_object
-from agzo_edge.record.tensors import read_tensors
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.evaluate import Metrics
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.loop import TimedStep
-from agzo_edge.train.replay import replay
 
 JOURNAL_NAME = "journal.jsonl"
 REPORT_NAME = "report.json"
 EVALUATIONS_NAME = "evaluations.json"
 STATE_NAME = "learner_state.safetensors"
-KEPT_CHECKPOINTS = 2  # the last one, and one before it in case the disk dies under the last
 
 # Where these differ, a resumed run would not be the run that was begun.
 _FREE_TO_CHANGE = {
@@ -123,43 +118,6 @@ def keep_step(directory: Path, journal: JournalWriter, timed: TimedStep, learner
             **({} if record.left_out is None else {"left_out": record.left_out}),
         }
     )
-
-
-def branches_of(header: Mapping[str, Any], *, device: torch.device | str = "cpu") -> list[Branch]:
-    """Untouched branches for the layers that a journal's header names: a replay needs no model."""
-    layers = [(str(name), int(out_features), int(group)) for name, out_features, group in header["layers"]]
-    return make_branches(layers, header["group_in_features"], rank=int(header["config"]["rank"]), device=device)
-
-
-def bring_up_to(
-    learner: Learner,
-    directory: Path,
-    journal: Journal,
-    *,
-    until_step: int | None = None,
-    from_start: bool = False,
-) -> int:
-    """Bring `learner` to where the journal ends, or to `until_step` steps; the number of steps it then knows.
-
-    The newest checkpoint that is not beyond that point is where it begins, the journal does the rest; with
-    `from_start` the journal does all. (checkpoint-0 is the start of a run that went on with an adapter.)
-    """
-    end = journal.next_step if until_step is None else min(until_step, journal.next_step)
-    first = 0
-    from_start = from_start or learner.config.target == "dequantized"  # a checkpoint has no held weights
-    for step in reversed(checkpoint_steps(directory)):
-        if step <= (0 if from_start else end):
-            learner.restore(read_tensors(checkpoint_path(directory, step) / STATE_NAME))
-            first = step
-            break
-    shapes = {b.group.index: (b.group.in_features, b.group.rank) for b in learner.branches}
-
-    def bases_of(step: int) -> tuple[Mapping[int, torch.Tensor], Sequence[float]]:
-        window = load_bases(directory, step, shapes, len(learner.branches))
-        return window.bases, window.scales
-
-    replay(learner, journal.records[first:end], bases_of)
-    return end
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:

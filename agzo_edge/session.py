@@ -32,11 +32,11 @@ from agzo_edge.events import (
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.load import load_model, load_tokenizer
 from agzo_edge.model.runtime import EdgeModel
+from agzo_edge.rebuild import bring_up_to
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.record.lock import RunLock
 from agzo_edge.rundir import (
     JOURNAL_NAME,
-    bring_up_to,
     header_of,
     keep_evaluations,
     keep_step,

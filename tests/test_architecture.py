@@ -16,7 +16,7 @@ LAYERS = [
     {"train"},
     {"serve", "demo"},
     {"events", "rundir"},
-    {"scalars", "account"},
+    {"scalars", "account", "rebuild"},
     {"session"},
     {"api"},
     {"cli"},

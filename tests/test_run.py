@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,3 +220,45 @@ def test_the_demo_learns_its_voice(tmp_path: Path) -> None:
     losses = [event.metrics.loss for event in events if isinstance(event, Evaluated)]
     assert losses[-1] < 0.75 * losses[0]
     assert any(isinstance(event, Saved) for event in events)
+
+
+def test_a_run_in_one_file_gives_the_same_adapter(whole_run: Path, tmp_path: Path) -> None:
+    file = agzo_edge.export(whole_run, to="replay", output=tmp_path / "run.safetensors")
+    agzo_edge.replay(file, output=tmp_path / "replayed")
+    assert adapter_of(tmp_path / "replayed") == adapter_of(whole_run)
+
+
+def test_skipped_steps_leave_the_sum_and_nothing_else(whole_run: Path, tmp_path: Path) -> None:
+    agzo_edge.replay(whole_run, output=tmp_path / "none", skip=range(STEPS))
+    assert all(
+        not tensor.any()
+        for name, tensor in load_file(tmp_path / "none" / "adapter_model.safetensors").items()
+        if "lora_B" in name
+    )
+    agzo_edge.replay(whole_run, output=tmp_path / "late", skip=range(3, STEPS))
+    assert_same_change(tmp_path / "late", whole_run / "checkpoint-3")
+
+
+def assert_same_change(one: Path, other: Path) -> None:
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (one, other))
+    for name in (name.removesuffix("A.weight") for name in first if name.endswith("lora_A.weight")):
+        change, expected = (t[name + "B.weight"] @ t[name + "A.weight"] for t in (first, second))
+        torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_skipping_is_refused_where_steps_depend_on_each_other(tmp_path: Path) -> None:
+    trained(tmp_path / "run", optimizer="momentum", max_steps=2)
+    with pytest.raises(ConfigError, match="sgd"):
+        agzo_edge.replay(tmp_path / "run", output=tmp_path / "replayed", skip=range(1))
+    assert not (tmp_path / "replayed").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_journal_suffices_without_it(whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoint-6" / "learner_state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(AdapterError, match="checkpoint-6"):
+        trained(tmp_path / "run", resume=True, max_steps=STEPS + 1)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    trained(tmp_path / "run", resume=True)
+    assert adapter_of(tmp_path / "run") == adapter_of(whole_run)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from agzo_edge.budget.facts import StoredAs, input_groups
 from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job
+from agzo_edge.config import KEPT_CHECKPOINTS
 
 BLOCK_4BIT = 64  # weights that share a scale: bitsandbytes' default
 BLOCK_NESTED = 256  # scales that share a scale of their own
@@ -108,15 +109,20 @@ def basis_entries(job: Job) -> int:
 
 
 def disk_components(job: Job) -> Iterator[Component]:
-    """What the run directory will hold at its end."""
+    """What the run directory will hold at its end; of the checkpoints only the last few are kept.
+
+    A checkpoint is the adapter and the learner's state, whose folded windows may be twice as wide.
+    """
     config = job.config
     width = sum(out + inp for out, inp in job.targets.values())
     adapter_bytes = width * config.adapter_rank * FLOAT32_BYTES
-    n_snapshots = config.max_steps // config.save_steps if config.save_steps else 0
+    n_checkpoints = min(KEPT_CHECKPOINTS, config.max_steps // config.save_steps) if config.save_steps else 1
     line_bytes = JOURNAL_LINE_BYTES + JOURNAL_EXAMPLE_BYTES * config.batch_size
     bases_bytes = job.n_windows * basis_entries(job) * FLOAT32_BYTES
     adapter_rule = f"(out + in) {width:,} x rank {config.adapter_rank} x 4 B"
     yield Component("adapter", adapter_bytes, "disk", adapter_rule)
-    yield Component("snapshots", n_snapshots * adapter_bytes, "disk", f"{n_snapshots} adapters, all kept")
+    checkpoint_bytes = 3 * adapter_bytes + window(job).n_bytes
+    rule = f"{n_checkpoints} x (adapter + folded windows of twice its rank + window)"
+    yield Component("checkpoints", n_checkpoints * checkpoint_bytes, "disk", rule)
     yield Component("journal", config.max_steps * line_bytes, "disk", f"{config.max_steps} x {line_bytes} B")
     yield Component("bases", bases_bytes, "disk", f"{job.n_windows} windows x {basis_entries(job):,} x 4 B")

@@ -9,24 +9,39 @@ from agzo_edge.cli.consoles import print_lines, say, stdout_console, write_json
 from agzo_edge.cli.flags import AsJson, RunDir
 from agzo_edge.cli.screen import facts_lines, profiles_table, report_lines
 from agzo_edge.errors import UsageError
+from agzo_edge.units import format_bytes
 
 
 def replay(
-    run_dir: RunDir,
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The --output-dir of a run, or an exported run.")],
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the adapter goes.")] = None,
     until_step: Annotated[int | None, typer.Option(min=0, help="Stop after so many steps.")] = None,
+    skip: Annotated[str | None, typer.Option(metavar="A:B", help="Leave out the steps from A to before B.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rebuild a run's adapter from its journal alone: no data, no model."""
     from agzo_edge import api
 
-    adapter = api.replay(run_dir, output=output, until_step=until_step)
-    _show_adapter(adapter, as_json=as_json)
+    adapter = api.replay(run_dir, output=output, until_step=until_step, skip=_steps(skip))
+    _show_output(adapter, as_json=as_json)
+
+
+def _steps(text: str | None) -> range:
+    """The steps that A:B means, counted from 0 as in the journal."""
+    if text is None:
+        return range(0)
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal()) or int(first) >= int(end):
+        raise UsageError(f"--skip {text}: write two steps as A:B with A below B; the journal counts them from 0")
+    return range(int(first), int(end))
 
 
 def export(
-    adapter: Annotated[Path, typer.Option(metavar="DIR", help="Adapter to write in another form.")],
-    to: Annotated[Literal["peft", "merged", "gguf"], typer.Option(help="An adapter, a whole model, or llama.cpp's.")],
+    adapter: Annotated[Path, typer.Option(metavar="DIR", help="Adapter, or run, to write in another form.")],
+    to: Annotated[
+        Literal["peft", "merged", "gguf", "replay"],
+        typer.Option(help="An adapter, a whole model, llama.cpp's, or a run."),
+    ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where it goes.")],
     model: Annotated[str | None, typer.Option(metavar="DIR|HUB_ID", help="Base model, where it is not known.")] = None,
     as_json: AsJson = False,
@@ -36,14 +51,20 @@ def export(
     from agzo_edge.cli.quiet import hide_loading_bars
 
     hide_loading_bars()
-    _show_adapter(api.export(adapter, to=to, output=output, model=model), as_json=as_json)
+    _show_output(api.export(adapter, to=to, output=output, model=model), as_json=as_json, beside=adapter)
 
 
-def _show_adapter(directory: Path, *, as_json: bool) -> None:
+def _show_output(output: Path, *, as_json: bool, beside: Path | None = None) -> None:
+    """Where it was written; of a file also its size beside the adapter's weights."""
+    sizes = {}
+    if output.is_file() and beside is not None and (weights := beside / "adapter_model.safetensors").is_file():
+        sizes = {"bytes": output.stat().st_size, "adapter_bytes": weights.stat().st_size}
     if as_json:
-        write_json({"output": directory})
-    else:
-        say(f"written: {directory}")
+        write_json({"output": output, **sizes})
+        return
+    say(f"written: {output}")
+    if sizes:
+        say(f"{format_bytes(sizes['bytes'])}; the adapter's weights take {format_bytes(sizes['adapter_bytes'])}")
 
 
 def report(run_dir: RunDir, as_json: AsJson = False) -> None:

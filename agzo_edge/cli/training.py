@@ -1,5 +1,6 @@
 """`train` and `plan`."""
 
+import sys
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,25 @@ def train(
         show_plan(api.plan(config_file=config_file, preset=preset, **given(settings)), as_json=as_json)
         return
     config = api.resolve(given(settings), config_file=config_file, preset=preset, resume=resume)
+    resume = resume or (not as_json and _wants_to_resume(config))
     _watched(config, context.obj, resume=resume, as_json=as_json)
+
+
+def _wants_to_resume(config: RunConfig) -> bool:
+    """The answer of the person at the terminal, when the output directory holds an unfinished run."""
+    from agzo_edge import api
+    from agzo_edge.errors import AdapterError
+
+    if config.output_dir is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        found = api.report(config.output_dir)
+    except AdapterError:
+        return False  # no run: whatever else is there is refused later, with its reason
+    if found["finished"]:
+        return False
+    done = f"{found['steps']} of {found['max_steps']} steps"
+    return typer.confirm(f"{config.output_dir} holds an unfinished run ({done}). Go on with it?", default=True)
 
 
 def _watched(config: RunConfig, stop: "StopSignals", *, resume: bool, as_json: bool) -> None:

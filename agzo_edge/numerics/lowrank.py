@@ -17,6 +17,11 @@ class LowRank(NamedTuple):
         """The number of columns."""
         return self.c.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the change."""
+        return self.c.shape[0], self.a.shape[0]
+
     def dense(self) -> Tensor:  # (out_features, in_features)
         """The weight change itself."""
         return self.c @ self.a.mT

@@ -86,9 +86,14 @@ class Learner:
             max_steps=config.max_steps,
         )
 
-    def apply(self, step: int, measured: Measurement, *, learning_rate: float) -> None:
-        """Move every branch's coefficients: C ← C − lr · s · direction(sum_b w_b g_b R_b / v)."""
+    def apply(self, step: int, measured: Measurement, *, learning_rate: float, move: bool = True) -> None:
+        """Move every branch's coefficients: C ← C − lr · s · direction(sum_b w_b g_b R_b / v).
+
+        Without `move` the step is only seen, by the spread v, and its part of the sum is left out.
+        """
         shares = measured.weights * self._normalized(measured.projected)
+        if not move:
+            return
         for branch in self.branches:
             noise = draw_noise(
                 self.config.noise,
@@ -140,7 +145,7 @@ class Learner:
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to a `state`. Raises KeyError when it is that of other layers."""
+        """Go back to a `state`. Raises KeyError or ValueError when it is that of other layers."""
         total, steps = tensors["spread"].tolist()
         self.spread = Spread(total=total, steps=int(steps))
         scales, steps_in_window = tensors["scales"].tolist(), tensors["steps_in_window"].tolist()
@@ -150,7 +155,10 @@ class Learner:
             branch.group.basis = tensors[f"basis.{branch.group.index}"].to(device)
             names = ("folded_c", "folded_a", "c")
             here = {name: tensors[f"{name}.{branch.index}"].to(device, copy=True) for name in names}
-            branch.folded, branch.c = LowRank(here["folded_c"], here["folded_a"]), here["c"]
+            folded = LowRank(here["folded_c"], here["folded_a"])
+            if folded.shape != branch.shape or here["c"].shape != branch.c.shape:
+                raise ValueError(f"{branch.name} has other shapes")
+            branch.folded, branch.c = folded, here["c"]
             n_moments = N_MOMENTS[self.config.optimizer]
             moments = [f"moment_{i}.{branch.index}" for i in range(n_moments)]
             branch.moments = [tensors[name].to(device, copy=True) for name in moments if name in tensors]

@@ -1,20 +1,34 @@
 """A run's learning done again from its records: no data, no model weights, no forward pass."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from agzo_edge.errors import ConfigError
 from agzo_edge.train.learner import Learner, Measurement
 
 BasesOf = Callable[[int], tuple[Mapping[int, torch.Tensor], Sequence[float]]]  # step -> bases by group, scales by layer
 
 
-def replay(learner: Learner, records: Iterable[Mapping[str, Any]], bases_of: BasesOf) -> None:
+def replay(
+    learner: Learner,
+    records: Iterable[Mapping[str, Any]],
+    bases_of: BasesOf,
+    *,
+    skip: Container[int] = (),  # steps whose part of the sum is left out
+) -> None:
     """Bring `learner` to where it was after `records`: the same operations in the same order.
 
-    The result is bit for bit that of the run on the same kind of machine. Source: DESIGN section 3.
+    The result is bit for bit that of the run on the same kind of machine. With the sgd optimizer the
+    coefficients are a sum over steps, so that some may be left out; the others stay as they were, and no
+    loss is measured anew. Raises ConfigError for `skip` with another optimizer. Source: DESIGN section 3.
     """
+    if skip and learner.config.optimizer != "sgd":
+        raise ConfigError(
+            f"steps cannot be skipped: with optimizer {learner.config.optimizer!r} every step depends on those before "
+            f"it; only sgd is a sum"
+        )
     for record in records:
         step = int(record["step"])
         if learner.window_starts(step):
@@ -25,7 +39,7 @@ def replay(learner: Learner, records: Iterable[Mapping[str, Any]], bases_of: Bas
             torch.tensor(record["projected"], dtype=torch.float32),
             torch.tensor(record["weights"], dtype=torch.float32),
         )
-        learner.apply(step, measured, learning_rate=float(record["learning_rate"]))
+        learner.apply(step, measured, learning_rate=float(record["learning_rate"]), move=step not in skip)
 
 
 def take_bases(learner: Learner, bases: Mapping[int, torch.Tensor], scales: Sequence[float]) -> None:

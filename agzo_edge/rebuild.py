@@ -1,0 +1,105 @@
+"""A learner brought to where a run was: from its directory, or from one file."""
+
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agzo_edge.config import RunConfig
+from agzo_edge.errors import AdapterError
+from agzo_edge.model.branch import Branch, make_branches
+from agzo_edge.record.bases import load_bases
+from agzo_edge.record.journal import Journal
+from agzo_edge.record.replay_file import ReplayFile
+from agzo_edge.record.tensors import read_tensors
+from agzo_edge.rundir import STATE_NAME, checkpoint_path, checkpoint_steps, read_run
+from agzo_edge.train.learner import Learner
+from agzo_edge.train.replay import replay
+
+
+def branches_of(header: Mapping[str, Any], *, device: torch.device | str = "cpu") -> list[Branch]:
+    """Untouched branches for the layers that a journal's header names: a replay needs no model."""
+    layers = [(str(name), int(out_features), int(group)) for name, out_features, group in header["layers"]]
+    return make_branches(layers, header["group_in_features"], rank=int(header["config"]["rank"]), device=device)
+
+
+def bring_up_to(
+    learner: Learner,
+    directory: Path,
+    journal: Journal,
+    *,
+    until_step: int | None = None,
+    from_start: bool = False,
+    skip: Container[int] = (),
+) -> int:
+    """Bring `learner` to where the journal ends, or to `until_step` steps; the number of steps it then knows.
+
+    The newest checkpoint that is not beyond that point is where it begins, the journal does the rest; with
+    `from_start` the journal does all. (checkpoint-0 is the start of a run that went on with an adapter.)
+    Raises AdapterError for a damaged file.
+    """
+    end = journal.next_step if until_step is None else min(until_step, journal.next_step)
+    first = 0
+    from_start = from_start or learner.config.target == "dequantized"  # a checkpoint has no held weights
+    for step in reversed(checkpoint_steps(directory)):
+        if step <= (0 if from_start else end):
+            _restore(learner, checkpoint_path(directory, step))
+            first = step
+            break
+
+    def bases_of(step: int) -> tuple[Mapping[int, torch.Tensor], Sequence[float]]:
+        window = load_bases(directory, step, basis_shapes(learner), len(learner.branches))
+        return window.bases, window.scales
+
+    replay(learner, journal.records[first:end], bases_of, skip=skip)
+    return end
+
+
+def _restore(learner: Learner, checkpoint: Path) -> None:
+    try:
+        learner.restore(read_tensors(checkpoint / STATE_NAME))
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise AdapterError(
+            f"{checkpoint / STATE_NAME} is damaged ({error}): remove {checkpoint}, the journal gives the same"
+        ) from None
+
+
+def basis_shapes(learner: Learner) -> dict[int, tuple[int, int]]:
+    """The (in_features, rank) of each input group."""
+    return {b.group.index: (b.group.in_features, b.group.rank) for b in learner.branches}
+
+
+def replay_file_of(directory: Path) -> ReplayFile:
+    """The run in `directory` as one file holds it. Raises AdapterError for a damaged run."""
+    journal = read_run(directory)
+    learner = learner_of(journal.header)
+    steps = [record["step"] for record in journal.records if learner.window_starts(record["step"])]
+    windows = {step: load_bases(directory, step, basis_shapes(learner), len(learner.branches)) for step in steps}
+    start = checkpoint_path(directory, 0) / STATE_NAME
+    return ReplayFile(journal.header, journal.records, windows, read_tensors(start) if start.is_file() else {})
+
+
+def learner_of(header: Mapping[str, Any]) -> Learner:
+    """The learner of the run that a journal's header describes, before its first step."""
+    try:
+        return Learner(branches_of(header), RunConfig(**header["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"the journal's header does not describe a run: {error}") from None
+
+
+def rebuilt(run: ReplayFile, *, until_step: int | None = None, skip: Container[int] = ()) -> Learner:
+    """The learner after the run's steps, or the first `until_step`. Raises AdapterError for a damaged file."""
+    learner = learner_of(run.header)
+    records = run.records if until_step is None else run.records[:until_step]
+
+    def bases_of(step: int) -> tuple[Mapping[int, torch.Tensor], Sequence[float]]:
+        window = run.windows.get(step)
+        if window is None or {g: tuple(b.shape) for g, b in window.bases.items()} != basis_shapes(learner):
+            raise AdapterError(f"the file does not hold the bases of the window at step {step}")
+        return window.bases, window.scales
+
+    if run.start:
+        learner.restore(run.start)
+    replay(learner, records, bases_of, skip=skip)
+    return learner

@@ -1,0 +1,90 @@
+"""A run as one file: what a replay needs, in safetensors.
+
+Each window's bases and scales once, and for each step its number, learning rate, projected gradients and
+their weights; the noise is drawn again from the seed in the header. The header is the journal's, as JSON in
+the file's metadata.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from agzo_edge.errors import AdapterError
+from agzo_edge.record.bases import WindowBases
+from agzo_edge.record.files import atomic_write_bytes
+from agzo_edge.record.strict_json import strict_object
+from agzo_edge.record.tensors import read_tensors
+
+HEADER_KEY = "agzo_edge_replay"  # the only metadata: with several their order would differ from run to run
+_START = "start."
+
+
+@dataclass(frozen=True)
+class ReplayFile:
+    """What the file holds."""
+
+    header: Mapping[str, Any]  # the journal's
+    records: Sequence[Mapping[str, Any]]  # step, learning_rate, projected, weights
+    windows: Mapping[int, WindowBases]  # by the step that opened them
+    start: Mapping[str, Tensor]  # the learner's state at step 0, of a run that began with an adapter
+
+
+def save_replay(path: Path, run: ReplayFile) -> int:
+    """Leave the run at `path`, whole or not at all; its size in bytes. Raises AgzoError."""
+    records = run.records
+    tensors = {
+        "step": torch.tensor([record["step"] for record in records], dtype=torch.int64),
+        "learning_rate": torch.tensor([record["learning_rate"] for record in records], dtype=torch.float64),
+        "projected": torch.tensor([record["projected"] for record in records], dtype=torch.float32),
+        "weights": torch.tensor([record["weights"] for record in records], dtype=torch.float32),
+    }
+    for step, window in run.windows.items():
+        tensors[f"scales.{step}"] = torch.tensor(window.scales, dtype=torch.float64)
+        tensors |= {f"basis.{step}.{group}": basis.contiguous() for group, basis in window.bases.items()}
+    tensors |= {_START + name: tensor.contiguous() for name, tensor in run.start.items()}
+    data = safetensors.torch.save(tensors, metadata={HEADER_KEY: json.dumps(dict(run.header))})
+    atomic_write_bytes(path, data)
+    return len(data)
+
+
+def load_replay(path: Path) -> ReplayFile:
+    """The run in the file at `path`. Raises AdapterError when it is no such file, or is damaged."""
+    tensors = read_tensors(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = strict_object((file.metadata() or {})[HEADER_KEY].encode())
+        records = [
+            {"step": step, "learning_rate": rate, "projected": projected, "weights": weights}
+            for step, rate, projected, weights in zip(
+                *(tensors[name].tolist() for name in ("step", "learning_rate", "projected", "weights")), strict=True
+            )
+        ]
+    except KeyError as error:
+        raise AdapterError(f"{path}: is no run exported by agzo-edge: {error.args[0]} is missing") from None
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from None
+    start = {name.removeprefix(_START): tensor for name, tensor in tensors.items() if name.startswith(_START)}
+    return ReplayFile(header, records, _windows(tensors, path), start)
+
+
+def _windows(tensors: Mapping[str, Tensor], path: Path) -> dict[int, WindowBases]:
+    """The windows' bases by the step that opened them."""
+    bases: dict[int, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "basis":
+            step, _, group = rest.partition(".")
+            if not (step.isdecimal() and group.isdecimal()) or not tensor.isfinite().all():
+                raise AdapterError(f"{path}: {name} is no basis")
+            bases.setdefault(int(step), {})[int(group)] = tensor
+    missing = [step for step in bases if f"scales.{step}" not in tensors]
+    if missing:
+        raise AdapterError(f"{path}: the scales of the window at step {missing[0]} are missing")
+    return {step: WindowBases(groups, tensors[f"scales.{step}"].tolist()) for step, groups in bases.items()}

@@ -1,0 +1,47 @@
+"""The benchmarks still run. Their numbers are of interest on a quiet machine, not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def quick_result(name: str, output: Path) -> dict:
+    """What `name`.py --quick leaves; its last line must be the path of it."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--output", str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[-1] == str(output)
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert {"date", "machine", "versions", "settings", "summary"} <= result.keys()
+    return result
+
+
+def test_step_cost_times_every_variant_on_both_bases(tmp_path: Path) -> None:
+    result = quick_result("step_cost", tmp_path / "result.json")
+    measured = {(row["base"], row["variant"]) for row in result["summary"]}
+    fused = {"plain", "step", "refresh", "mean", "full plain", "full step", "full refresh", "full mean"}
+    assert measured == {(base, name) for base in ("float32", "4bit") for name in fused} | {("float32", "mezo")}
+    assert all(times["wall_s"] > 0 for run in result["repetitions"].values() for rep in run for times in rep.values())
+
+
+@pytest.mark.usefixtures("shared_dir")
+def test_alignment_scores_every_method_with_a_cosine(tmp_path: Path) -> None:
+    result = quick_result("alignment", tmp_path / "result.json")
+    methods = result["results"][0]["methods"]
+    assert [method["method"] for method in methods] == ["mezo", "paper", "plain", "default"]
+    assert all(-1 <= cosine <= 1 for method in methods for cosine in method["cosines"])
+    assert 0 < methods[1]["share"] < methods[2]["share"] < 1  # rank 4 holds more of the gradient than rank 1
+
+
+@pytest.mark.usefixtures("shared_dir")
+def test_a_real_run_tells_its_held_out_losses(tmp_path: Path) -> None:
+    result = quick_result("real_run", tmp_path / "result.json")
+    assert [step for step, _ in result["runs"][0]["curve"]] == [0, 2]
+    assert len(result["runs"][0]["losses"]) == 2
