@@ -103,7 +103,7 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
     """A quantized model with its adapter, ready to write text: `load(...).generate(prompt)`."""
     from agzo_edge.serve.generate import TextModel
 
-    return TextModel(_loaded(resolve({"model": model or _base_of(adapter), **settings}), adapter))
+    return TextModel(_loaded(resolve({"model": _base_of(adapter) if model is None else model, **settings}), adapter))
 
 
 def evaluate(
@@ -113,7 +113,7 @@ def evaluate(
     from agzo_edge.train.evaluate import evaluate as evaluated
     from agzo_edge.train.examples import load_examples
 
-    config = resolve({"model": model or _base_of(adapter), "data": data, **settings})
+    config = resolve({"model": _base_of(adapter) if model is None else model, "data": data, **settings})
     if config.data is None and config.eval_data is None:
         raise ConfigError("there is nothing to evaluate on: name a file with --data")
     loaded = _loaded(config, adapter)
@@ -126,6 +126,7 @@ def evaluate(
         mask_prompt=config.mask_prompt,
         split="validation" if config.eval_data else "test",
     )
+    loaded.require_positions(examples.report.longest_tokens)
     return evaluated(loaded, examples.examples, objective=config.objective, batch_size=config.batch_size)
 
 
@@ -133,7 +134,7 @@ def _base_of(adapter: str | Path | None) -> str | None:
     """The base model that an adapter names; without an adapter none, which means the demo's."""
     from agzo_edge.record.adapter import base_model_of
 
-    return base_model_of(Path(adapter)) if adapter else None
+    return None if adapter is None else base_model_of(Path(adapter))
 
 
 def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
@@ -142,7 +143,7 @@ def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
     from agzo_edge.model.load import load_model
     from agzo_edge.rundir import load_changes
 
-    changes = load_changes(Path(adapter)) if adapter else {}
+    changes = {} if adapter is None else load_changes(Path(adapter))
     loaded = load_model(str(config.model), config)
     set_learned(loaded.branches, changes)
     return loaded

@@ -4,6 +4,7 @@ The command line's flags, the fields of a TOML file and the keyword arguments of
 all made from these two classes. Later sources win: built-in < preset < profile < file < flags.
 """
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ Bytes = Annotated[int, BeforeValidator(_bytes_from_text), Field(gt=0)]
 class AgzoConfig(BaseModel):
     """The method: what one AGZO step does. Source: arXiv 2601.17261; docs/guide/method.md."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rank: int = Field(4, ge=1, le=64, description="Directions in a layer's basis (r in the paper).")
     refresh_every: int = Field(
@@ -81,11 +82,15 @@ class AgzoConfig(BaseModel):
 class RunConfig(AgzoConfig):
     """A whole run: the method, and the model, data, machine and outputs around it."""
 
-    model: str | None = Field(None, description="Directory or hub id of a causal language model; none runs the demo.")
-    data: str | None = Field(None, description="Training file, directory or hub id.")
-    eval_data: str | None = Field(None, description="Held-out file, evaluated before, during and after.")
-    output_dir: str | None = Field(None, description="Directory of the run; must be empty, or hold a run to resume.")
-    adapter: str | None = Field(None, description="A PEFT LoRA directory to start from.")
+    model: str | None = Field(
+        None, min_length=1, description="Directory or hub id of a causal language model; none runs the demo."
+    )
+    data: str | None = Field(None, min_length=1, description="Training file, directory or hub id.")
+    eval_data: str | None = Field(None, min_length=1, description="Held-out file, evaluated before, during and after.")
+    output_dir: str | None = Field(
+        None, min_length=1, description="Directory of the run; must be empty, or hold a run to resume."
+    )
+    adapter: str | None = Field(None, min_length=1, description="A PEFT LoRA directory to start from.")
     profile: str = Field("auto", description="Name or TOML file of a machine; auto detects.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute.")
     threads: int = Field(
@@ -109,6 +114,7 @@ class RunConfig(AgzoConfig):
     trust_remote_code: bool = Field(False, description="Run Python code that a checkpoint brings.")
     target_modules: tuple[str, ...] | None = Field(
         None,
+        min_length=1,
         description="Names or suffixes of the layers to train; all linear layers but the head by default.",
     )
     objective: Literal["lm", "choice"] = Field("lm", description="What is learned.")
@@ -138,7 +144,7 @@ class RunConfig(AgzoConfig):
 class Sampling(BaseModel):
     """How text is written, token by token."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_new_tokens: int = Field(256, ge=1, description="Longest answer in tokens.")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; 1 samples as the model says.")
@@ -175,11 +181,28 @@ def config_from(*sources: Mapping[str, Any], preset: str = "default") -> RunConf
         raise ConfigError(f"preset {preset!r} does not exist: choose one of {', '.join(PRESETS)}")
     merged: dict[str, Any] = dict(PRESETS[preset])
     for source in sources:
-        merged.update({name.replace("-", "_"): value for name, value in source.items() if value is not None})
-    if merged.get("load_in_8bit") and not any(source.get("load_in_4bit") for source in sources):
-        merged["load_in_4bit"] = False
+        given = {name.replace("-", "_"): _plain(value) for name, value in source.items() if value is not None}
+        if given.get("load_in_4bit") and given.get("load_in_8bit"):
+            raise ConfigError("load_in_4bit and load_in_8bit are both asked for: choose one of them")
+        for width, other in (("load_in_8bit", "load_in_4bit"), ("load_in_4bit", "load_in_8bit")):
+            if given.get(width):
+                given[other] = False  # the later source's width holds
+        merged.update(given)
     try:
         return RunConfig(**merged)
+    except ValidationError as error:
+        raise ConfigError("these settings cannot be used:\n" + numbered(_faults(error))) from None
+
+
+def _plain(value: Any) -> Any:
+    """A path as its text, everything else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def sampling_from(settings: Mapping[str, Any]) -> Sampling:
+    """The sampling that `settings` describe, what is None left out. Raises ConfigError with every fault."""
+    try:
+        return Sampling(**{name: value for name, value in settings.items() if value is not None})
     except ValidationError as error:
         raise ConfigError("these settings cannot be used:\n" + numbered(_faults(error))) from None
 

@@ -9,6 +9,7 @@ report.json                    what it cost and what it gave
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -51,8 +52,12 @@ def require_unused(directory: Path) -> None:
         raise AdapterError(
             f"{directory} holds another run: go on with it by --resume-from-checkpoint, or choose another --output-dir"
         )
-    if directory.exists() and not directory.is_dir():
-        raise AdapterError(f"{directory} is a file: choose another --output-dir")
+    above = (directory, *directory.absolute().parents)
+    nearest = next(path for path in above if os.path.exists(path))  # noqa: PTH110  # Path's raises PermissionError
+    if not nearest.is_dir():
+        raise AdapterError(f"{nearest} is a file: choose another --output-dir")
+    if not os.access(nearest, os.W_OK):
+        raise AdapterError(f"{nearest} cannot be written to: choose another --output-dir, or change its permissions")
     if directory.exists() and any(not _is_leftover(path) for path in directory.iterdir()):
         raise AdapterError(f"{directory} is not empty: choose another --output-dir")
 

@@ -68,9 +68,10 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     Closing the iterator stops the run after the step under way: a checkpoint is saved, and `resume` goes on
     from there. Raises the errors of errors.py; nothing is written before the first step can run.
     """
-    if config.model is None or config.data is None or config.output_dir is None:
-        raise ConfigError("a run needs --model, --data and --output-dir; without a model the demo runs")
-    out = Path(config.output_dir)
+    needed = {"--model": config.model, "--data": config.data, "--output-dir": config.output_dir}
+    if missing := [flag for flag, value in needed.items() if value is None]:
+        raise ConfigError(f"a run needs {' and '.join(missing)} as well; without a model and data the demo runs")
+    out = Path(str(config.output_dir))
     resume = resume and (out / JOURNAL_NAME).exists()  # a run killed before its first step begins again
     if not resume:
         require_unused(out)
@@ -87,6 +88,7 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
             f"cut down; use --adapter-rank {widest}"
         )
     model = load_model(str(config.model), config)
+    model.require_positions(max(part.report.longest_tokens for part in (data, held_out) if part))
     set_learned(model.branches, changes)
     samples = demo.PROMPTS if config.model == str(demo.MODEL_DIR) else ()
     session = _Session(config, Account(config, planned, data, held_out), model, samples, out)
@@ -139,13 +141,14 @@ class _Session:
             mu = probe.mu
             yield MuChosen(probe)
         header = header_of(self.config, self.model, self.account.data, mu=mu)
-        self.out.mkdir(parents=True, exist_ok=True)
-        with RunLock(self.out), JournalWriter.create(self.out / JOURNAL_NAME, header) as journal:
+        with RunLock(self.out):
+            require_unused(self.out)  # another process may have been there while this one loaded
             learner = Learner(self.model.branches, self.config)
-            keep_evaluations(self.out, self.account.evaluations)
-            if self.config.adapter:  # a replay must know what the run began with
-                save_checkpoint(self.out, learner, header, step=0, card=self.account.card())
-            yield from self._trained(learner, journal, header, mu=mu)
+            with JournalWriter.create(self.out / JOURNAL_NAME, header) as journal:
+                keep_evaluations(self.out, self.account.evaluations)
+                if self.config.adapter:  # a replay must know what the run began with
+                    save_checkpoint(self.out, learner, header, step=0, card=self.account.card())
+                yield from self._trained(learner, journal, header, mu=mu)
             yield from self._finished(learner, header, answers)
 
     def resumed(self) -> Generator[Event]:
@@ -160,6 +163,9 @@ class _Session:
             learner = Learner(self.model.branches, self.config)
             first_step = bring_up_to(learner, self.out, begun)
             yield self._ready(first_step)
+            is_due = first_step == 0 or _is_due(first_step, self.config.eval_steps)
+            if is_due and first_step not in self.account.evaluations:  # the stop came before it
+                yield from self._evaluated(first_step)
             with JournalWriter.resume(self.out / JOURNAL_NAME) as journal:
                 yield from self._trained(learner, journal, header, mu=header["mu"])
             yield from self._finished(learner, header, [])

@@ -92,9 +92,9 @@ def live_view(course: Course) -> RenderableType:
     if not course.recent:
         return Text(f"{course.doing}, {duration(course.elapsed_s)} ...", "dim")
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", min_width=7)
-    grid.add_column(width=BAR_COLUMNS)
-    grid.add_column(no_wrap=True)
+    grid.add_column(style="bold", no_wrap=True, min_width=8)
+    grid.add_column(width=BAR_COLUMNS, no_wrap=True)
+    grid.add_column()  # folds where the terminal is narrow: the other two keep their width
     left = f", {duration(course.remaining_s)} left" if course.remaining_s else ""
     grid.add_row(
         "step",

@@ -10,8 +10,8 @@ from agzo_edge.cli.consoles import say, stdout_console, write_json
 from agzo_edge.cli.flags import Adapter, AsJson, MaxNewTokens, Prompt, Seed, Temperature, TopP
 from agzo_edge.cli.options import given, with_settings
 from agzo_edge.cli.screen import metrics_text, samples_table
-from agzo_edge.config import Sampling
-from agzo_edge.errors import UsageError
+from agzo_edge.config import Sampling, sampling_from
+from agzo_edge.errors import ModelError, UsageError
 
 
 @with_settings("Model", "Memory")
@@ -30,7 +30,9 @@ def generate(
     if compare and adapter is None:
         raise UsageError("--compare answers without and with an adapter: give one with --adapter DIR")
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling = sampling_from(
+        {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    )
     before = _answer(text, None, sampling, given(settings)) if compare else None
     after = _answer(text, adapter, sampling, given(settings))
     if as_json:
@@ -41,12 +43,12 @@ def generate(
         say(after)
 
 
-def _answer(prompt: str, adapter: str | None, sampling: Mapping[str, object], settings: Mapping[str, Any]) -> str:
+def _answer(prompt: str, adapter: str | None, sampling: Sampling, settings: Mapping[str, Any]) -> str:
     from agzo_edge import api
     from agzo_edge.cli.quiet import hide_loading_bars
 
     hide_loading_bars()
-    return api.load(adapter=adapter, **settings).generate(prompt, sampling=Sampling(**given(sampling)))
+    return api.load(adapter=adapter, **settings).generate(prompt, sampling=sampling)
 
 
 @with_settings("Model", "Memory")
@@ -63,10 +65,14 @@ def chat(
     from agzo_edge.cli.chat import converse
     from agzo_edge.cli.quiet import hide_loading_bars
 
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling = sampling_from(
+        {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    )
     hide_loading_bars()
     model = api.load(adapter=adapter, **given(settings))
-    converse(model, Sampling(**given(sampling)), stdout_console())
+    if model.model.tokenizer.chat_template is None:
+        raise ModelError(f"{model.model.source}: the tokenizer has no chat template: use `agzo-edge generate --prompt`")
+    converse(model, sampling, stdout_console())
 
 
 @with_settings("Model", "Data", "Memory", without=("eval_data",))

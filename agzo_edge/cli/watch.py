@@ -86,8 +86,10 @@ def print_result(console: Console, course: Course, run: "Run") -> None:
     assert course.planned is not None
     samples = run.report.get("samples") or []
     console.print()
-    if run.before is not None and run.after is not None and len(course.evaluations) > 1:
-        print_lines(console, before_after(run.before, run.after, course.held_out_losses))
+    told = run.report.get("evaluations") or {}  # a resumed run's earlier ones too
+    losses = [told[step]["loss"] for step in sorted(told, key=int)] or course.held_out_losses
+    if run.before is not None and run.after is not None and len(losses) > 1:
+        print_lines(console, before_after(run.before, run.after, losses))
     print_lines(console, cost_lines(run))
     console.print()
     if samples:

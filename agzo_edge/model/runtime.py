@@ -54,6 +54,19 @@ class EdgeModel:
         return int(self.network.get_output_embeddings().out_features)
 
     @property
+    def positions(self) -> int | None:
+        """Tokens in the longest row that the model was made for, where it says so."""
+        return getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+
+    def require_positions(self, longest_tokens: int) -> None:
+        """Raise ModelError for a row that is longer than the model's positions."""
+        if self.positions is not None and longest_tokens > self.positions:
+            raise ModelError(
+                f"{self.source}: the longest row has {longest_tokens:,} tokens, and the model {self.positions:,} "
+                f"positions: use --max-seq-length {self.positions} with --overlong truncate or drop"
+            )
+
+    @property
     def groups(self) -> list[InputGroup]:
         """The input groups, in order."""
         return sorted({branch.group.index: branch.group for branch in self.branches}.values(), key=lambda g: g.index)

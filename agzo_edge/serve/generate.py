@@ -50,7 +50,7 @@ class TextModel:
         return ids.to(self.model.device)
 
     def _check_length(self, prompt_tokens: int, sampling: Sampling) -> None:
-        positions = getattr(self.model.network.config.get_text_config(), "max_position_embeddings", None)
+        positions = self.model.positions
         if positions is not None and prompt_tokens + sampling.max_new_tokens > positions:
             raise ModelError(
                 f"the prompt has {prompt_tokens} tokens, and with --max-new-tokens {sampling.max_new_tokens} passes "
