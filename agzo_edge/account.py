@@ -26,6 +26,7 @@ class Account:
     planned: Planned
     data: ExampleSet
     held_out: ExampleSet | None
+    quantization: str  # the base's form in a word
     steps: int = 0
     tokens: int = 0
     wall_s: float = 0.0
@@ -63,7 +64,7 @@ class Account:
         return model_card(
             {
                 "base_model": self.config.model,
-                "quantization": quantization_name(self.config),
+                "quantization": self.quantization,
                 "data_file": self.config.data,
                 "data_sha256": self.data.sha256,
                 "n_rows": self.data.report.rows_used,
@@ -102,10 +103,3 @@ class Account:
             "evaluations": {str(step): asdict(metrics) for step, metrics in sorted(self.evaluations.items())},
             "samples": list(samples),
         }
-
-
-def quantization_name(config: RunConfig) -> str:
-    """The base's form in a word: nf4, fp4, int8, or none."""
-    if config.load_in_8bit:
-        return "int8"
-    return config.quant_type if config.load_in_4bit else "none"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import model_facts
 from agzo_edge.budget.memory import MemoryPlan
-from agzo_edge.budget.plan import memory_plan
+from agzo_edge.budget.plan import memory_plan, require_fits
 from agzo_edge.config import RunConfig, config_from, read_toml
 from agzo_edge.demo import MODEL_DIR, demo_settings
 from agzo_edge.errors import ConfigError
@@ -103,7 +103,8 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
     """A quantized model with its adapter, ready to write text: `load(...).generate(prompt)`."""
     from agzo_edge.serve.generate import TextModel
 
-    return TextModel(_loaded(resolve({"model": _base_of(adapter) if model is None else model, **settings}), adapter))
+    config = resolve({"model": _base_of(adapter) if model is None else model, **settings})
+    return TextModel(_loaded(config.model_copy(update={"batch_size": 1, "micro_batch_size": 1}), adapter))
 
 
 def evaluate(
@@ -144,6 +145,7 @@ def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
     from agzo_edge.rundir import load_changes
 
     changes = {} if adapter is None else load_changes(Path(adapter))
+    require_fits(memory_plan(model_facts(str(config.model)), config, machine_profile(config.profile)))
     loaded = load_model(str(config.model), config)
     set_learned(loaded.branches, changes)
     return loaded

@@ -62,7 +62,7 @@ class AgzoConfig(BaseModel):
     adam_beta2: float = Field(0.99, ge=0, lt=1, description="Adam's second decay.")
     learning_rate: float = Field(0.1, gt=0, description="Step length.")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Course of the learning rate after the warm-up."
+        "linear", description="Course of the learning rate after the warm-up."
     )
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero.")
     max_steps: int = Field(500, ge=1, description="Steps to train.")
@@ -167,6 +167,7 @@ _PAPER = {
     "optimizer": "sgd",
     "mu": 1e-3,
     "learning_rate": 1e-3,
+    "lr_schedule": "constant",
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": _PAPER}
@@ -209,16 +210,16 @@ def sampling_from(settings: Mapping[str, Any]) -> Sampling:
 
 def _faults(error: ValidationError) -> list[str]:
     """One line per wrong field: its name, what was given, and what is allowed."""
-    lines = []
+    lines: dict[str, str] = {}  # of a field that may be of several types, the first complaint
     for fault in error.errors():
-        field = ".".join(str(part) for part in fault["loc"]) or "settings"
+        field = str(fault["loc"][0]) if fault["loc"] else "settings"
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             message = "no such setting"
         elif fault["type"] != "value_error":
             message = f"{fault['input']!r} given; {message[0].lower()}{message[1:]}"
-        lines.append(f"{field}: {message}")
-    return lines
+        lines.setdefault(field, f"{field}: {message}")
+    return list(lines.values())
 
 
 def read_toml(path: Path) -> dict[str, Any]:

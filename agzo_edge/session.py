@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from agzo_edge import demo
-from agzo_edge.account import Account, quantization_name
+from agzo_edge.account import Account
 from agzo_edge.budget.detect import machine_profile
-from agzo_edge.budget.facts import model_facts
+from agzo_edge.budget.facts import ModelFacts, model_facts
 from agzo_edge.budget.plan import fitted_run
 from agzo_edge.config import RunConfig, Sampling
-from agzo_edge.errors import ConfigError
+from agzo_edge.errors import BudgetBrokenError, ConfigError
 from agzo_edge.events import (
     DataReady,
     Evaluated,
@@ -30,6 +30,7 @@ from agzo_edge.events import (
     Stepped,
 )
 from agzo_edge.model.branch import set_learned
+from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_model, load_tokenizer
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.rebuild import bring_up_to
@@ -56,7 +57,8 @@ from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.evaluate import evaluate
 from agzo_edge.train.examples import load_examples
 from agzo_edge.train.learner import Learner
-from agzo_edge.train.loop import probed_mu, run_steps
+from agzo_edge.train.loop import probed_mu, require_finite, run_steps
+from agzo_edge.units import format_bytes
 
 SAMPLE = Sampling(max_new_tokens=48)
 MERGED_NAME = "merged"  # with target = dequantized: the whole model as it is now
@@ -75,11 +77,12 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     resume = resume and (out / JOURNAL_NAME).exists()  # a run killed before its first step begins again
     if not resume:
         require_unused(out)
-    planned = planned_run(config)
-    yield planned
-    config = planned.config
+    facts = model_facts(str(config.model))  # first of all: a model that is not there is refused at once
     data, held_out = _data(config)
     yield DataReady(data.report, held_out.report if held_out else None)
+    planned = planned_run(config, facts, [part for part in (data, held_out) if part])
+    yield planned
+    config = planned.config
     changes = load_changes(Path(config.adapter)) if config.adapter else {}
     widest = max((change.rank for change in changes.values()), default=0)
     if widest > config.adapter_rank:
@@ -91,15 +94,29 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     model.require_positions(max(part.report.longest_tokens for part in (data, held_out) if part))
     set_learned(model.branches, changes)
     samples = demo.PROMPTS if config.model == str(demo.MODEL_DIR) else ()
-    session = _Session(config, Account(config, planned, data, held_out), model, samples, out)
+    session = _Session(config, Account(config, planned, data, held_out, model.quantization), model, samples, out)
     events = session.resumed() if resume else session.begun()
     yield from with_tensorboard(events, out) if config.report_to == "tensorboard" else events
 
 
-def planned_run(config: RunConfig) -> Planned:
-    """The plan of a run that fits its machine, with what had to change for it. Raises BudgetError."""
+def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]) -> Planned:
+    """The plan of a run on this data that fits its machine, with what had to change for it.
+
+    Raises BudgetError when nothing fits, ConfigError for a GPU's profile on a machine that has none.
+    """
     machine = machine_profile(config.profile)
-    fitted = fitted_run(model_facts(str(config.model)), config, machine)
+    if machine.kind == "cuda" and config.device != "cpu" and chosen_device(config.device).type == "cpu":
+        raise ConfigError(
+            f"profile '{machine.name}' is a GPU's, and torch sees no CUDA device here: use --profile auto to train on "
+            f"this machine, or `agzo-edge plan` to look at that one"
+        )
+    fitted = fitted_run(
+        facts,
+        config,
+        machine,
+        rows_per_example=max(len(example.rows) for part in data for example in part.examples),
+        longest_tokens=max(part.report.longest_tokens for part in data),
+    )
     return Planned(fitted.config, fitted.plan, machine.name, fitted.notes)
 
 
@@ -131,6 +148,7 @@ class _Session:
     def begun(self) -> Generator[Event]:
         """A run from its first step."""
         yield self._ready(0)
+        require_finite(self.model, self.account.data, config=self.config)
         answers = self._answers()
         yield from self._evaluated(0)
         mu = self.config.mu
@@ -140,7 +158,7 @@ class _Session:
             probe = probed_mu(self.model, self.account.data, config=self.config)
             mu = probe.mu
             yield MuChosen(probe)
-        header = header_of(self.config, self.model, self.account.data, mu=mu)
+        header = header_of(self.config, self.model, self.account.data, mu=mu) | {"answers": answers}
         with RunLock(self.out):
             require_unused(self.out)  # another process may have been there while this one loaded
             learner = Learner(self.model.branches, self.config)
@@ -168,7 +186,7 @@ class _Session:
                 yield from self._evaluated(first_step)
             with JournalWriter.resume(self.out / JOURNAL_NAME) as journal:
                 yield from self._trained(learner, journal, header, mu=header["mu"])
-            yield from self._finished(learner, header, [])
+            yield from self._finished(learner, header, header["answers"])
 
     def _trained(
         self, learner: Learner, journal: JournalWriter, header: Mapping[str, Any], *, mu: float
@@ -183,11 +201,12 @@ class _Session:
                 self.account.take(timed)
                 done = timed.record.step + 1
                 yield Stepped(timed)
+                self._require_within_limit(timed.peak_bytes)
                 if _is_due(done, self.config.eval_steps):
                     yield from self._evaluated(done)
                 if _is_due(done, self.config.save_steps) and done < self.config.max_steps:
                     yield Saved(done, save_checkpoint(self.out, learner, header, step=done, card=self.account.card()))
-        except GeneratorExit:
+        except (GeneratorExit, BudgetBrokenError):
             save_checkpoint(self.out, learner, header, step=done, card=self.account.card())
             raise
 
@@ -208,13 +227,23 @@ class _Session:
         write_report(self.out, report)
         yield Finished(Run(self.out, self.account.before, self.account.after, report))
 
+    def _require_within_limit(self, peak_bytes: int) -> None:
+        """Raise BudgetBrokenError when the step passed the limit: the plan was wrong, the promise is kept."""
+        plan = self.account.planned.plan
+        if peak_bytes > plan.limit_bytes:
+            raise BudgetBrokenError(
+                f"the run has used {format_bytes(peak_bytes)} and may use {format_bytes(plan.limit_bytes)} (planned: "
+                f"{format_bytes(plan.device_bytes)}). It is saved: go on with --resume-from-checkpoint and a smaller "
+                f"--micro-batch-size, or a higher limit"
+            )
+
     def _ready(self, first_step: int) -> ModelReady:
         return ModelReady(
             source=self.model.source,
             n_layers=len(self.model.branches),
             device=str(self.model.device),
             dtype=str(self.model.dtype).removeprefix("torch."),
-            quantization=quantization_name(self.config),
+            quantization=self.model.quantization,
             first_step=first_step,
         )
 

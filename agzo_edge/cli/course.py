@@ -18,7 +18,7 @@ class Course:
     """The run so far, as far as its events have told."""
 
     planned: "Planned | None" = None
-    doing: str = "planning"
+    doing: str = "reading the data"
     first_step: int = 0
     steps_done: int = 0  # those before a resumed run's start included
     peak_bytes: int = 0
@@ -33,9 +33,9 @@ class Course:
 
         match event:
             case events.Planned():
-                self.planned, self.doing = event, "reading the data"
+                self.planned, self.doing = event, "loading the model"
             case events.DataReady():
-                self.doing = "loading the model"
+                self.doing = "planning"
             case events.ModelReady(first_step=first_step):
                 self.first_step = self.steps_done = first_step
                 self.doing = "measuring the untrained model"

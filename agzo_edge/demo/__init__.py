@@ -29,6 +29,5 @@ def demo_settings() -> dict[str, object]:
         "eval_steps": 50,
         # A short run on one frame of words takes a larger step and more directions than the defaults.
         "learning_rate": 0.2,
-        "lr_schedule": "linear",
         "rank": 8,
     }

@@ -40,8 +40,8 @@ def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
 def use_threads(n_threads: int, *, n_parameters: int) -> None:
     """Let torch compute with `n_threads` CPU threads; 0 chooses one for a small model, and else changes nothing.
 
-    Handing a matmul of a few hundred columns to several threads costs more than the matmul (measured on two
-    cores: docs/decisions/0004). A result's last bits depend on the number, so a run keeps to one.
+    Handing a matmul of a few hundred columns to several threads costs more than the matmul
+    (docs/decisions/0004). A result's last bits depend on the number, so a run keeps to one.
     """
     if n_threads == 0 and n_parameters < SMALL_MODEL_PARAMETERS:
         n_threads = 1

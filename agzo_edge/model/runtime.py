@@ -54,6 +54,11 @@ class EdgeModel:
         return int(self.network.get_output_embeddings().out_features)
 
     @property
+    def quantization(self) -> str:
+        """How the trained layers are stored: nf4, fp4, int8 or none."""
+        return next(iter(self.layers.values())).base.kind
+
+    @property
     def positions(self) -> int | None:
         """Tokens in the longest row that the model was made for, where it says so."""
         return getattr(self.network.config.get_text_config(), "max_position_embeddings", None)

@@ -21,6 +21,11 @@ class BaseWeight(Protocol):
 
     shape: tuple[int, int]
 
+    @property
+    def kind(self) -> str:
+        """How it is stored: nf4, fp4, int8 or none."""
+        ...
+
     def dense(self) -> Tensor:
         """The weight (out_features, in_features) in the compute dtype; valid until the next call."""
         ...
@@ -36,6 +41,11 @@ class DenseWeight:
     def __init__(self, weight: Tensor, *, transposed: bool = False) -> None:
         self.weight = weight.mT if transposed else weight
         self.shape = (self.weight.shape[0], self.weight.shape[1])
+
+    @property
+    def kind(self) -> str:
+        """How it is stored."""
+        return "none"
 
     def dense(self) -> Tensor:
         """The weight itself, not a copy."""
@@ -59,6 +69,11 @@ class HeldWeight:
         self.shape = origin.shape
         kept = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
         self.weight = origin.dense().to(kept, copy=True)
+
+    @property
+    def kind(self) -> str:
+        """How it is stored."""
+        return self.origin.kind
 
     def dense(self) -> Tensor:
         """The weight in the compute dtype."""
@@ -86,6 +101,11 @@ class FourBitWeight:
         self.state = state
         self.state.dtype = dtype  # what dequantize_4bit returns; a pre-quantized file may say otherwise
         self.shape = (state.shape[0], state.shape[1])
+
+    @property
+    def kind(self) -> str:
+        """How it is stored."""
+        return str(self.state.quant_type)
 
     def dense(self) -> Tensor:
         """The dequantized weight, a fresh tensor."""
@@ -139,6 +159,11 @@ class EightBitWeight:
         self.row_absmax = row_absmax
         self.dtype = dtype
         self.shape = (rows.shape[0], rows.shape[1])
+
+    @property
+    def kind(self) -> str:
+        """How it is stored."""
+        return "int8"
 
     def dense(self) -> Tensor:
         """The dequantized weight, a fresh tensor."""

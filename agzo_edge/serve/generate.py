@@ -25,7 +25,7 @@ class TextModel:
         """
         sampling = sampling or Sampling()
         ids = self._prompt_ids(prompt)
-        self._check_length(ids.shape[1], sampling)
+        sampling = self._within_positions(ids.shape[1], sampling)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(sampling.seed)  # transformers samples from the global generator only
             output = self.model.network.generate(
@@ -49,13 +49,16 @@ class TextModel:
             raise ModelError("the prompt is empty, and the tokenizer adds nothing to it: write at least a word")
         return ids.to(self.model.device)
 
-    def _check_length(self, prompt_tokens: int, sampling: Sampling) -> None:
-        positions = self.model.positions
-        if positions is not None and prompt_tokens + sampling.max_new_tokens > positions:
+    def _within_positions(self, prompt_tokens: int, sampling: Sampling) -> Sampling:
+        """The sampling, its answer cut to the positions that the prompt leaves. Raises ModelError for none."""
+        if self.model.positions is None:
+            return sampling
+        left = self.model.positions - prompt_tokens
+        if left < 1:
             raise ModelError(
-                f"the prompt has {prompt_tokens} tokens, and with --max-new-tokens {sampling.max_new_tokens} passes "
-                f"the model's {positions} positions: shorten the prompt, or ask for fewer new tokens"
+                f"the prompt has {prompt_tokens:,} tokens, and the model {self.model.positions:,} positions: shorten it"
             )
+        return sampling.model_copy(update={"max_new_tokens": min(left, sampling.max_new_tokens)})
 
     def _settings(self, sampling: Sampling) -> dict[str, object]:
         settings: dict[str, object] = {

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agzo_edge.config import RunConfig
+from agzo_edge.errors import ModelError, NonFiniteLossError
 from agzo_edge.model.device import PeakMeter
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.train.data import Batch, ExampleSet, examples_of_step, micro_batches, pad_id_of
 from agzo_edge.train.learner import Learner
+from agzo_edge.train.objective import loss_of
 from agzo_edge.train.probe import MuProbe, probe_mu
 from agzo_edge.train.step import StepRecord, agzo_step, find_bases, measure
 
@@ -51,6 +53,26 @@ def batches_of_step(model: EdgeModel, data: ExampleSet, *, step: int, config: Ru
             objective=config.objective,
         )
     )
+
+
+def require_finite(model: EdgeModel, data: ExampleSet, *, config: RunConfig) -> None:
+    """Raise when the model itself, before any perturbation, has no finite loss on the first batch.
+
+    ModelError when no row has one (broken weights), NonFiniteLossError naming the rows otherwise.
+    """
+    bad: list[str] = []
+    places: list[str] = []
+    for batch in batches_of_step(model, data, step=0, config=config):
+        finite = loss_of(model, batch.to(model.device), objective=config.objective)[0].isfinite().tolist()
+        places += batch.places
+        bad += [place for place, ok in zip(batch.places, finite, strict=True) if not ok]
+    if bad and len(bad) == len(places):
+        raise ModelError(f"{model.source}: gives no finite loss on any row: its weights hold NaN or infinite numbers")
+    if bad:
+        raise NonFiniteLossError(
+            f"the model's own loss, before training, is not finite on {', '.join(bad[:5])}: leave these rows out, or "
+            f"try --dtype float32"
+        )
 
 
 def probed_mu(model: EdgeModel, data: ExampleSet, *, config: RunConfig) -> MuProbe:

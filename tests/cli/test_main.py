@@ -145,7 +145,7 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(tmp_path: Path) -> None:
         rest, messages = process.communicate()
     events += [json.loads(line) for line in rest.splitlines()]
     assert process.returncode == events[-1]["error"]["exit_code"] == 143
-    assert [event["event"] for event in events[:3]] == ["planned", "data", "model"]
+    assert [event["event"] for event in events[:3]] == ["data", "planned", "model"]
     steps = [event["step"] for event in events if event.get("event") == "step"]
     assert (tmp_path / "out" / f"checkpoint-{steps[-1]}").is_dir()
     assert messages.startswith("error: stopped by")

@@ -162,9 +162,9 @@ def test_live_view_shows_progress_loss_curve_and_memory() -> None:
 
 def test_live_view_says_what_is_done_before_the_first_step() -> None:
     course = Course()
-    assert "planning" in shown(live_view(course))
-    course.take(next(events_of_a_run()))
     assert "reading the data" in shown(live_view(course))
+    course.take(next(events_of_a_run()))
+    assert "loading the model" in shown(live_view(course))
 
 
 def test_json_has_an_object_for_each_event(capsys: pytest.CaptureFixture[str]) -> None:
