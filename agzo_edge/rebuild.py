@@ -1,6 +1,7 @@
 """A learner brought to where a run was: from its directory, or from one file."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from agzo_edge.model.branch import Branch, make_branches
 from agzo_edge.record.bases import load_bases
 from agzo_edge.record.journal import Journal
 from agzo_edge.record.replay_file import ReplayFile
-from agzo_edge.record.tensors import read_tensors
+from agzo_edge.record.tensors import read_checked
 from agzo_edge.rundir import STATE_NAME, checkpoint_path, checkpoint_steps, read_run
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.replay import replay
@@ -52,17 +53,38 @@ def bring_up_to(
         window = load_bases(directory, step, basis_shapes(learner), len(learner.branches))
         return window.bases, window.scales
 
-    replay(learner, journal.records[first:end], bases_of, skip=skip)
+    with _of_one_run(directory):
+        replay(learner, journal.records[first:end], bases_of, skip=skip)
+        _require_finite(learner)
     return end
+
+
+def _require_finite(learner: Learner) -> None:
+    """Raise ValueError for an adapter that cannot be written."""
+    tensors = (tensor for b in learner.branches for tensor in (b.c, b.folded.c, b.folded.a))
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError("the steps lead to NaN or infinite weights")
 
 
 def _restore(learner: Learner, checkpoint: Path) -> None:
     try:
-        learner.restore(read_tensors(checkpoint / STATE_NAME))
-    except (KeyError, ValueError, RuntimeError) as error:
+        state = read_checked(checkpoint / STATE_NAME)
+    except AdapterError as error:
+        hint = "" if checkpoint.name == "checkpoint-0" else f", or remove {checkpoint}: the journal gives the same"
+        raise AdapterError(f"{error}{hint}") from None
+    with _of_one_run(checkpoint / STATE_NAME):
+        learner.restore(state)
+
+
+@contextmanager
+def _of_one_run(source: Path | str) -> Iterator[None]:
+    """A block in which records, state and layers meet; where they do not fit each other it is an AdapterError."""
+    try:
+        yield
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise AdapterError(
-            f"{checkpoint / STATE_NAME} is damaged ({error}): remove {checkpoint}, the journal gives the same"
-        ) from None
+            f"{source}: its parts are not those of one run: {type(error).__name__}: {str(error)[:200]!r}"
+        ) from error
 
 
 def basis_shapes(learner: Learner) -> dict[int, tuple[int, int]]:
@@ -77,15 +99,13 @@ def replay_file_of(directory: Path) -> ReplayFile:
     steps = [record["step"] for record in journal.records if learner.window_starts(record["step"])]
     windows = {step: load_bases(directory, step, basis_shapes(learner), len(learner.branches)) for step in steps}
     start = checkpoint_path(directory, 0) / STATE_NAME
-    return ReplayFile(journal.header, journal.records, windows, read_tensors(start) if start.is_file() else {})
+    return ReplayFile(journal.header, journal.records, windows, read_checked(start) if start.is_file() else {})
 
 
 def learner_of(header: Mapping[str, Any]) -> Learner:
     """The learner of the run that a journal's header describes, before its first step."""
-    try:
+    with _of_one_run("the journal's header"):
         return Learner(branches_of(header), RunConfig(**header["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"the journal's header does not describe a run: {error}") from None
 
 
 def rebuilt(run: ReplayFile, *, until_step: int | None = None, skip: Container[int] = ()) -> Learner:
@@ -99,7 +119,9 @@ def rebuilt(run: ReplayFile, *, until_step: int | None = None, skip: Container[i
             raise AdapterError(f"the file does not hold the bases of the window at step {step}")
         return window.bases, window.scales
 
-    if run.start:
-        learner.restore(run.start)
-    replay(learner, records, bases_of, skip=skip)
+    with _of_one_run("the replay file"):
+        if run.start:
+            learner.restore(run.start)
+        replay(learner, records, bases_of, skip=skip)
+        _require_finite(learner)
     return learner

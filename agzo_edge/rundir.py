@@ -17,18 +17,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from agzo_edge.config import KEPT_CHECKPOINTS, RunConfig
 from agzo_edge.errors import AdapterError, numbered
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.lowrank import LowRank
-from agzo_edge.record.adapter import LowRankPair, load_adapter, save_adapter
+from agzo_edge.record.adapter import CONFIG_NAME, LowRankPair, load_adapter, save_adapter
 from agzo_edge.record.bases import WindowBases, save_bases
-from agzo_edge.record.files import aside, atomic_write_bytes, atomic_write_text
+from agzo_edge.record.files import aside, atomic_write_bytes, atomic_write_text, sync_directory, writing
 from agzo_edge.record.journal import Journal, JournalWriter, read_journal
 from agzo_edge.record.lock import LOCK_NAME
 from agzo_edge.record.strict_json import strict_object
+from agzo_edge.record.tensors import checked_bytes
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.evaluate import Metrics
 from agzo_edge.train.learner import Learner
@@ -42,7 +41,7 @@ STATE_NAME = "learner_state.safetensors"
 # Where these differ, a resumed run would not be the run that was begun.
 _FREE_TO_CHANGE = {
     "output_dir", "profile", "device", "vram_limit", "ram_limit", "on_overflow", "eval_data", "eval_steps",
-    "save_steps", "report_to", "micro_batch_size", "max_steps", "model", "data", "adapter",
+    "save_steps", "report_to", "micro_batch_size", "max_steps", "model", "data",
 }  # fmt: skip
 
 
@@ -144,11 +143,26 @@ def save_checkpoint(directory: Path, learner: Learner, header: Mapping[str, Any]
     path = checkpoint_path(directory, step)
     save_result(path, learner, header, card=card)
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in learner.state().items()}
-    atomic_write_bytes(path / STATE_NAME, safetensors.torch.save(state, metadata={"step": str(step)}))
+    atomic_write_bytes(path / STATE_NAME, checked_bytes(state))
     for old in [step for step in checkpoint_steps(directory) if step > 0][:-KEPT_CHECKPOINTS]:
-        (checkpoint_path(directory, old) / STATE_NAME).unlink()
-        shutil.rmtree(checkpoint_path(directory, old))
+        _discard(checkpoint_path(directory, old))
     return path
+
+
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; first what makes it one, so that a kill in between leaves none that is half."""
+    with writing(checkpoint):
+        for name in (STATE_NAME, CONFIG_NAME):
+            (checkpoint / name).unlink(missing_ok=True)
+        sync_directory(checkpoint)
+        shutil.rmtree(checkpoint)
+
+
+def discard_halves(directory: Path) -> None:
+    """Remove the checkpoints whose writing, or removal, was cut short: nothing would ever read them."""
+    for path in directory.glob("checkpoint-*"):
+        if path.name.removeprefix("checkpoint-").isdecimal() and not (path / STATE_NAME).exists():
+            _discard(path)
 
 
 def save_result(
@@ -192,9 +206,18 @@ def kept_evaluations(directory: Path) -> dict[int, Metrics]:
     if not path.is_file():
         return {}
     try:
-        return {int(step): Metrics(**metrics) for step, metrics in strict_object(path.read_bytes()).items()}
-    except (ValueError, TypeError) as error:
+        found = {int(step): Metrics(**metrics) for step, metrics in strict_object(path.read_bytes()).items()}
+    except (OSError, ValueError, TypeError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from None
+    if wrong := [step for step, metrics in found.items() if step < 0 or not _are_numbers(metrics)]:
+        raise AdapterError(f"{path}: the evaluation at step {wrong[0]} holds something else than numbers")
+    return found
+
+
+def _are_numbers(metrics: Metrics) -> bool:
+    """Whether each field has the type it should have."""
+    optional = () if metrics.accuracy is None else (metrics.accuracy,)
+    return type(metrics.examples) is int and all(type(x) in (int, float) for x in (metrics.loss, *optional))
 
 
 def read_run(directory: Path) -> Journal:

@@ -38,6 +38,7 @@ from agzo_edge.record.journal import JournalWriter
 from agzo_edge.record.lock import RunLock
 from agzo_edge.rundir import (
     JOURNAL_NAME,
+    discard_halves,
     header_of,
     keep_evaluations,
     keep_step,
@@ -164,8 +165,6 @@ class _Session:
             learner = Learner(self.model.branches, self.config)
             with JournalWriter.create(self.out / JOURNAL_NAME, header) as journal:
                 keep_evaluations(self.out, self.account.evaluations)
-                if self.config.adapter:  # a replay must know what the run began with
-                    save_checkpoint(self.out, learner, header, step=0, card=self.account.card())
                 yield from self._trained(learner, journal, header, mu=mu)
             yield from self._finished(learner, header, answers)
 
@@ -176,6 +175,7 @@ class _Session:
             header = begun.header
             now = header_of(self.config, self.model, self.account.data, mu=header["mu"])
             require_same_run(header, now, directory=self.out)
+            discard_halves(self.out)
             self.account.evaluations = kept_evaluations(self.out)
             self.account.take_records(begun.records)
             learner = Learner(self.model.branches, self.config)
@@ -193,6 +193,8 @@ class _Session:
     ) -> Generator[Event]:
         """The steps from the journal's end on; a stop asked for in between leaves a checkpoint."""
         done = journal.next_step
+        if done == 0 and self.config.adapter:  # a replay must know what the run began with
+            save_checkpoint(self.out, learner, header, step=0, card=self.account.card())
         try:
             for timed in run_steps(
                 self.model, learner, self.account.data, config=self.config, mu=mu, first_step=journal.next_step
@@ -258,7 +260,7 @@ class _Session:
             batch_size=self._rows_at_once(),
         )
         self.account.evaluations[step] = metrics
-        if self.out.exists():  # before the first step nothing is written
+        if (self.out / JOURNAL_NAME).exists():  # before the first step nothing is written
             keep_evaluations(self.out, self.account.evaluations)
         yield Evaluated(step, metrics)
 

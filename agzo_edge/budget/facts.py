@@ -103,8 +103,8 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
         hidden_size=hidden,
         n_layers=_size(config, source, "num_hidden_layers", "n_layer", "num_layers"),
         n_heads=n_heads,
-        n_kv_heads=config.get("num_key_value_heads") or n_heads,
-        head_dim=config.get("head_dim") or hidden // n_heads,
+        n_kv_heads=_size({"num_key_value_heads": n_heads} | _given(config), source, "num_key_value_heads"),
+        head_dim=_size({"head_dim": hidden // n_heads} | _given(config), source, "head_dim"),
         mlp_width=_mlp_width(config, linears),
         mlp_style=_mlp_style(config, linears),
         keeps_scores=bool(config.get("attn_logit_softcapping")),
@@ -128,16 +128,22 @@ def _text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The language model's part of config.json. Raises ModelError unless it is a causal language model."""
     config = checkpoint.config
     architectures = config.get("architectures") or []
+    architectures = architectures if isinstance(architectures, list) else [architectures]
     nested = config.get("text_config")
     causal = ("ForCausalLM", "LMHeadModel", *(("ForConditionalGeneration",) if nested else ()))
     faults = []
     if architectures and not any(str(name).endswith(causal) for name in architectures):
-        faults.append(f"its architecture is {', '.join(map(str, architectures))}")
+        faults.append(f"its architecture is {', '.join(map(repr, architectures))}")
     if config.get("is_encoder_decoder"):
         faults.append("it is an encoder and a decoder")
     if faults:
         raise ModelError(f"{checkpoint.source}: not a causal language model: {'; '.join(faults)}")
     return {**config, **nested} if isinstance(nested, dict) else config
+
+
+def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json that are set: null and 0 leave them to the default."""
+    return {name: value for name, value in config.items() if value not in (None, 0)}
 
 
 def _size(config: Mapping[str, Any], source: str, *names: str) -> int:
@@ -220,7 +226,7 @@ def _is_companion(name: str) -> bool:
 
 def _mlp_width(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> int:
     given = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim")
-    return given if type(given) is int else max(max(shape) for shape in linears.values())
+    return given if type(given) is int and given > 0 else max(max(shape) for shape in linears.values())
 
 
 def _mlp_style(

@@ -18,6 +18,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_JSON_BYTES = 64 * 1024**2  # config.json and the shard index; the largest known index has 20 MB
+MAX_DIMENSIONS = 64
 MAX_QUANT_STATE_BYTES = 65_536  # a JSON of about 150 bytes
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 QUANT_STATE = ".quant_state.bitsandbytes__"
@@ -164,7 +165,8 @@ def _checked_entry(name: str, entry: Any, *, data_bytes: int) -> tuple[StoredTen
         bits = _BITS_PER_ENTRY[entry["dtype"]]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"tensor {name!r} is not described in full ({error})") from None
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+    # without a bound, a megabyte of digits takes minutes to multiply
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise ValueError(f"tensor {name!r} has a size or a place that is no natural number")
     n_bytes = -(-math.prod(shape) * bits // 8)
     if end - begin != n_bytes:

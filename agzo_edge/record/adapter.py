@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from agzo_edge.errors import AdapterError, AgzoError, numbered
-from agzo_edge.record.files import discard_aside, inside, put_in_place, sync_directory, write_aside, writing
+from agzo_edge.record.files import (
+    discard_aside,
+    inside,
+    make_directory,
+    put_in_place,
+    sync_directory,
+    write_aside,
+    writing,
+)
 from agzo_edge.record.lora_config import LoraScaling, lora_config_text, lora_scaling
 from agzo_edge.record.strict_json import strict_object
 from agzo_edge.record.tensors import read_tensors
@@ -64,7 +72,7 @@ def save_adapter(
     contents = {WEIGHTS_NAME: _weights_bytes(stored), CARD_NAME: card.encode("utf-8"), **extra}
     contents[CONFIG_NAME] = config.encode("utf-8")
     with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         _replace_all({inside(directory, name): data for name, data in contents.items()})
 
 
@@ -107,7 +115,7 @@ def _replace_all(contents: Mapping[Path, bytes]) -> None:
     config = paths[-1]
     try:
         for path, data in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             write_aside(path, data)
         if config.exists() and config.read_bytes() != contents[config]:
             config.unlink()  # new weights must never meet an old configuration

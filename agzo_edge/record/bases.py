@@ -1,20 +1,19 @@
 """The bases of a window on disk: what replay cannot compute again bit for bit.
 
 `bases/step-00000025.safetensors` holds, for the window that opened at step 25, each input group's basis
-(in_features, rank) float32 and the scales of the layers, float64.
+(in_features, rank) float32 and the scales of the layers, float64, with a checksum (tensors.py).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from agzo_edge.errors import AdapterError
-from agzo_edge.record.files import atomic_write_bytes, writing
-from agzo_edge.record.tensors import read_tensors
+from agzo_edge.record.files import atomic_write_bytes, make_directory, writing
+from agzo_edge.record.tensors import checked_bytes, read_checked
 
 DIRECTORY = "bases"
 
@@ -38,8 +37,8 @@ def save_bases(run_dir: Path, step: int, window: WindowBases) -> None:
     tensors["scales"] = torch.tensor(window.scales, dtype=torch.float64)
     path = bases_path(run_dir, step)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(path, safetensors.torch.save(tensors, metadata={"step": str(step)}))
+        make_directory(path.parent)
+    atomic_write_bytes(path, checked_bytes(tensors))
 
 
 def load_bases(run_dir: Path, step: int, shapes: Mapping[int, tuple[int, int]], n_layers: int) -> WindowBases:
@@ -51,7 +50,7 @@ def load_bases(run_dir: Path, step: int, shapes: Mapping[int, tuple[int, int]], 
     path = bases_path(run_dir, step)
     if not path.is_file():
         raise AdapterError(f"{path}: the bases of the window at step {step} are missing: the run cannot be rebuilt")
-    tensors = read_tensors(path)
+    tensors = read_checked(path)
     expected: dict[str, tuple[int, ...]] = {f"basis.{group}": shape for group, shape in shapes.items()}
     expected["scales"] = (n_layers,)
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}

@@ -109,6 +109,15 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(path: Path) -> None:
+    """Leave a directory at `path`, and its name, and those of the new ones above it, on the disk. Raises OSError."""
+    missing = [parent for parent in path.parents if not parent.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in (path, *missing):
+        with contextlib.suppress(PermissionError):  # somebody else's directory, which we may enter and not read
+            sync_directory(made.parent)
+
+
 def sha256_of_file(path: Path) -> str:
     """The SHA-256 of the file's bytes, 64 lower-case hex digits. Raises OSError."""
     with path.open("rb") as stream:

@@ -76,9 +76,8 @@ class JournalWriter:
         """The journal of an interrupted run, its torn end cut off. Raises AdapterError if it is damaged."""
         journal = read_journal(path)
         if journal.torn_bytes:
-            with writing(path), path.open("r+b") as stream:
-                stream.truncate(journal.sound_bytes)
-                sync(stream.fileno())
+            with writing(path):
+                _cut(path, journal.sound_bytes)
         return cls(path, next_step=journal.next_step)
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -121,6 +120,16 @@ class JournalWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _cut(path: Path, n_bytes: int) -> None:
+    """Shorten the file, on the disk itself. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+    try:
+        os.ftruncate(descriptor, n_bytes)
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_journal(path: Path) -> Journal:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from agzo_edge.errors import AdapterError
-from agzo_edge.record.files import writing
+from agzo_edge.record.files import make_directory, writing
 
 LOCK_NAME = "run.lock"
 
@@ -26,17 +26,24 @@ class RunLock:
 
     def __enter__(self) -> Self:
         with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path.parent)
             while (descriptor := self._locked_descriptor()) is None:
                 pass  # the holder has just removed the file we opened: open the next one
             self._descriptor = descriptor
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"{os.getpid()}\n".encode())
+            try:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
+            except BaseException:  # a full disk: who waits for space and tries again must find it free
+                self._release()
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._release()
+
+    def _release(self) -> None:
         assert self._descriptor is not None, "left without having been entered"
         with contextlib.suppress(OSError):  # Windows keeps an open file; unlocked it does no harm
             self.path.unlink()

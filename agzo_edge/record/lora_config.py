@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ _UNDERSTOOD = frozenset(
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 _MAX_PATTERN_LENGTH = 512
 _MAX_PATTERNS = 4096
-_MAX_REPEATS = 2  # more, or a repeated group, and a stranger's pattern could take hours to match
+_MAX_CHOICES = 2  # in a pattern; more, or a repeated group, and a stranger's could take hours to match
+_MAX_CHOOSING_PATTERNS = 64
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,14 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     if modules := config.get("modules_to_save"):
         faults.append(f"modules_to_save is {modules!r}: whole trained modules cannot be read")
     others = sorted(name for name in config.keys() - _UNDERSTOOD if config[name])
-    faults.extend(f"{name} is {str(config[name])[:60]}: only plain LoRA can be read" for name in others)
+    faults.extend(f"{_shown(name)} is {_shown(config[name])}: only plain LoRA can be read" for name in others)
     return faults
+
+
+def _shown(value: object) -> str:
+    """The beginning of a stranger's value, without what would move a terminal's cursor."""
+    text = str(value)[:60]
+    return text if text.isprintable() else repr(text)
 
 
 def _wrong_numbers(config: Mapping[str, Any]) -> list[str]:
@@ -133,6 +141,8 @@ def _wrong_field(
     patterns = config.get(pattern_name) or {}
     if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
         return [*faults, f"{pattern_name} must be an object of at most {_MAX_PATTERNS} patterns"]
+    if sum(_n_choices(key) > 0 for key in patterns) > _MAX_CHOOSING_PATTERNS:
+        faults.append(f"{pattern_name} has more than {_MAX_CHOOSING_PATTERNS} patterns with repeats or alternatives")
     for key, value in patterns.items():
         if not is_right(value):
             faults.append(f"{pattern_name}: {key!r} has {value!r}: it must be {wanted}")
@@ -151,14 +161,20 @@ def _is_alpha(value: object) -> bool:
 
 def _is_safe(pattern: str) -> bool:
     """Whether `pattern` is a regular expression that is matched in a moment, whatever the name."""
-    n_repeats = sum(pattern.count(sign) for sign in "*+?{")
-    if len(pattern) > _MAX_PATTERN_LENGTH or n_repeats > _MAX_REPEATS or re.search(r"\)[*+?{]", pattern):
+    if len(pattern) > _MAX_PATTERN_LENGTH or _n_choices(pattern) > _MAX_CHOICES or re.search(r"\)[*+?{]", pattern):
         return False
     try:
-        _compiled(pattern)
-    except (re.error, RecursionError, OverflowError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a set that a later Python reads in another way
+            _compiled(pattern)
+    except (re.error, RecursionError, OverflowError, Warning):
         return False
     return True
+
+
+def _n_choices(pattern: str) -> int:
+    """How many repeats and groups of alternatives there are; the time to match can be exponential in it."""
+    return sum(pattern.count(sign) for sign in "*+?{") + (pattern.count("(") if "|" in pattern else 0)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -1,8 +1,8 @@
 """A run as one file: what a replay needs, in safetensors.
 
 Each window's bases and scales once, and for each step its number, learning rate, projected gradients and
-their weights; the noise is drawn again from the seed in the header. The header is the journal's, as JSON in
-the file's metadata.
+their weights; the noise is drawn again from the seed in the header. The header is the journal's, as the bytes
+of its JSON. All of it is under one checksum (tensors.py).
 """
 
 import json
@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from agzo_edge.errors import AdapterError
 from agzo_edge.record.bases import WindowBases
 from agzo_edge.record.files import atomic_write_bytes
 from agzo_edge.record.strict_json import strict_object
-from agzo_edge.record.tensors import read_tensors
+from agzo_edge.record.tensors import checked_bytes, read_checked
 
-HEADER_KEY = "agzo_edge_replay"  # the only metadata: with several their order would differ from run to run
+HEADER_NAME = "header"
 _START = "start."
 
 
@@ -49,17 +47,17 @@ def save_replay(path: Path, run: ReplayFile) -> int:
         tensors[f"scales.{step}"] = torch.tensor(window.scales, dtype=torch.float64)
         tensors |= {f"basis.{step}.{group}": basis.contiguous() for group, basis in window.bases.items()}
     tensors |= {_START + name: tensor.contiguous() for name, tensor in run.start.items()}
-    data = safetensors.torch.save(tensors, metadata={HEADER_KEY: json.dumps(dict(run.header))})
+    tensors[HEADER_NAME] = torch.frombuffer(bytearray(json.dumps(dict(run.header)).encode()), dtype=torch.uint8)
+    data = checked_bytes(tensors)
     atomic_write_bytes(path, data)
     return len(data)
 
 
 def load_replay(path: Path) -> ReplayFile:
     """The run in the file at `path`. Raises AdapterError when it is no such file, or is damaged."""
-    tensors = read_tensors(path)
+    tensors = read_checked(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = strict_object((file.metadata() or {})[HEADER_KEY].encode())
+        header = strict_object(tensors[HEADER_NAME].numpy().tobytes())
         records = [
             {"step": step, "learning_rate": rate, "projected": projected, "weights": weights}
             for step, rate, projected, weights in zip(
@@ -68,7 +66,7 @@ def load_replay(path: Path) -> ReplayFile:
         ]
     except KeyError as error:
         raise AdapterError(f"{path}: is no run exported by agzo-edge: {error.args[0]} is missing") from None
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from None
     start = {name.removeprefix(_START): tensor for name, tensor in tensors.items() if name.startswith(_START)}
     return ReplayFile(header, records, _windows(tensors, path), start)

@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
 from typing import Any, NoReturn
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def strict_object(text: bytes) -> dict[str, Any]:
     """The JSON object in `text`.
 
     Raises ValueError for what Python's reader lets pass: NaN and Infinity, numbers past float64, a field
-    given twice, and nesting so deep that it would end the recursion; and for anything but an object.
+    given twice, half a surrogate pair, which no terminal can print, and nesting so deep that it would end the
+    recursion; and for anything but an object.
     """
     try:
         value = json.loads(
@@ -22,6 +26,11 @@ def strict_object(text: bytes) -> dict[str, Any]:
         raise ValueError("is nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("is not a JSON object")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("holds half a surrogate pair, which is no character") from None
     return value
 
 

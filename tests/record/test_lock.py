@@ -78,8 +78,8 @@ def test_a_holder_that_removed_its_file_is_not_mistaken_for_the_next(
     def removed_just_after(path: Path, *args: int) -> int:
         nonlocal n_opened
         descriptor = opened(path, *args)
-        n_opened += 1
-        if n_opened == 1:
+        n_opened += path.name == LOCK_NAME
+        if path.name == LOCK_NAME and n_opened == 1:
             path.unlink()
         return descriptor
 
