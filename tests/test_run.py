@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import agzo_edge
 from agzo_edge import demo
 from agzo_edge.config import RunConfig, config_from
-from agzo_edge.errors import AdapterError, BudgetError, ConfigError
-from agzo_edge.events import Evaluated, Event, Finished, Saved, Stepped
+from agzo_edge.errors import AdapterError, BudgetBrokenError, BudgetError, ConfigError
+from agzo_edge.events import Evaluated, Event, Finished, Planned, Saved, Stepped
 from agzo_edge.session import training
 
 STEPS = 9  # three windows of four, the last one open
@@ -262,3 +262,21 @@ def test_a_damaged_checkpoint_is_named_and_the_journal_suffices_without_it(whole
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
     trained(tmp_path / "run", resume=True)
     assert adapter_of(tmp_path / "run") == adapter_of(whole_run)
+
+
+def test_tensorboard_gets_the_runs_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="an extra; CI has it")
+    trained(tmp_path / "run", max_steps=2, report_to="tensorboard")
+    assert [path.name for path in (tmp_path / "run" / "runs").iterdir()], "an event file"
+
+
+def test_a_limit_that_is_passed_ends_the_run_and_it_can_be_resumed(tmp_path: Path) -> None:
+    session = training(config_of(tmp_path / "run", ram_limit="16GiB"))
+    for event in session:
+        if isinstance(event, Planned):
+            object.__setattr__(event.plan, "limit_bytes", 1)  # a plan that was wrong: its limit is passed at once
+        if isinstance(event, Stepped):
+            break
+    with pytest.raises(BudgetBrokenError, match="resume-from-checkpoint"):
+        next(session)
+    assert len(trained(tmp_path / "run", resume=True)) > 0

@@ -20,7 +20,7 @@ _PACKAGES = (
     "datasets",
     "numpy",
 )
-_OPTIONAL = {"matplotlib": "plot", "tensorboard": "tensorboard", "gguf": "gguf", "pynvml": "cuda"}
+_OPTIONAL = {"tensorboard": "tensorboard", "gguf": "gguf", "nvidia-ml-py": "cuda"}  # package: our extra
 
 
 def examination() -> dict[str, Any]:
@@ -68,6 +68,11 @@ def device_facts() -> dict[str, Any]:
 def advice(versions: dict[str, str | None]) -> list[str]:
     """What to install or to do, one line each; nothing when all is well."""
     lines = [f"{name} is missing: pip install {name}" for name, version in versions.items() if version is None]
+    lines += [
+        f'{name} is not installed, and optional: pip install "agzo-edge[{extra}]"'
+        for name, extra in _OPTIONAL.items()
+        if installed_version(name) is None and (extra != "cuda" or torch.cuda.is_available())
+    ]
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         lines.append("there is an NVIDIA driver, but this torch has no CUDA: install torch's CUDA build")
     if not torch.cuda.is_available() and torch.get_num_threads() > 1:
