@@ -4,6 +4,7 @@ Everything that can be refused is refused before anything is written: the plan, 
 adapter to start from, the run to resume. After that, a step is on the disk before it is told.
 """
 
+import shutil
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +221,7 @@ class _Session:
         files = tokenizer_files(self.model.tokenizer)
         save_result(self.out, learner, header, card=self.account.card(), extra_files=files)
         if self.config.target == "dequantized":
+            shutil.rmtree(self.out / MERGED_NAME, ignore_errors=True)  # of a run that was killed here, or made longer
             save_dense_model(self.model, self.out / MERGED_NAME)
         yield Saved(last, self.out)
         told = zip(self.samples, answers, self._answers() if answers else [], strict=False)

@@ -280,3 +280,11 @@ def test_a_limit_that_is_passed_ends_the_run_and_it_can_be_resumed(tmp_path: Pat
     with pytest.raises(BudgetBrokenError, match="resume-from-checkpoint"):
         next(session)
     assert len(trained(tmp_path / "run", resume=True)) > 0
+
+
+def test_a_finished_dequantized_run_can_be_made_longer(tmp_path: Path) -> None:
+    trained(tmp_path / "run", target="dequantized", max_steps=2)
+    trained(tmp_path / "run", target="dequantized", max_steps=4, resume=True)
+    trained(tmp_path / "whole", target="dequantized", max_steps=4)
+    merged = Path("merged") / "model.safetensors"
+    assert (tmp_path / "run" / merged).read_bytes() == (tmp_path / "whole" / merged).read_bytes()
