@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from agzo_edge.model.branch import Branch
 from agzo_edge.model.passes import PassContext, Perturbation, Refresh
 from agzo_edge.model.weights import BaseWeight
+from agzo_edge.numerics.basis import projected
 
 
 class FrozenLinear(nn.Module):
@@ -78,7 +79,7 @@ class BranchedLinear(FrozenLinear):
         """
         change = branch.factors(x.dtype)
         if change is not None:
-            learned = _projected(x, change.a).flatten(0, -2)
+            learned = projected(x, change.a).flatten(0, -2)
             if beside is None:
                 beside = (learned @ change.c.mT).view(*x.shape[:-1], self.out_features)
             else:
@@ -117,18 +118,9 @@ def _perturbation_of(
 ) -> Tensor:  # (streams * rows, tokens, out_features)
     """step · scale · R_b (Aᵀ x): each row with its example's noise, each stream with its own step."""
     noise = perturbation.noise_of(branch)[perturbation.example]  # (rows, out_features, rank)
-    projected = _projected(x, branch.group.basis.to(x.dtype))  # (streams * rows, tokens, rank)
+    coordinates = projected(x, branch.group.basis.to(x.dtype))  # (streams * rows, tokens, rank)
     result = x.new_empty(*x.shape[:-1], branch.out_features)
     streams = len(perturbation.steps)
-    for part, p_part, step in zip(result.chunk(streams), projected.chunk(streams), perturbation.steps, strict=True):
+    for part, p_part, step in zip(result.chunk(streams), coordinates.chunk(streams), perturbation.steps, strict=True):
         part.baddbmm_(p_part, noise.mT, beta=0, alpha=step * branch.scale)
     return result
-
-
-def _projected(
-    x: Tensor,  # (..., in_features)
-    basis: Tensor,  # (in_features, rank)
-) -> Tensor:  # (..., rank)
-    """x A, computed as (Aᵀ xᵀ)ᵀ: with a few columns on the right a CPU's BLAS takes five times as long (measured)."""
-    flat = basis.mT.contiguous() @ x.reshape(-1, x.shape[-1]).mT
-    return flat.mT.unflatten(0, x.shape[:-1])

@@ -94,7 +94,7 @@ def linear_shapes(checkpoint: Checkpoint) -> dict[str, LinearShape]:
             network = AutoModelForCausalLM.from_config(checkpoint.config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{checkpoint.source}: no causal language model: {_first_line(error)}") from None
-    tied_head = network.get_output_embeddings() if is_tied(checkpoint) else None
+    tied_head = network.get_output_embeddings() if is_tied(checkpoint.config) else None
     shapes = {}
     for name, module in network.named_modules():
         if is_linear(module) and module is not tied_head:
@@ -103,9 +103,9 @@ def linear_shapes(checkpoint: Checkpoint) -> dict[str, LinearShape]:
     return shapes
 
 
-def is_tied(checkpoint: Checkpoint) -> bool:
+def is_tied(config: Any) -> bool:
     """Whether the head's weight is the embeddings'."""
-    return bool(getattr(checkpoint.config.get_text_config(), "tie_word_embeddings", False))
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
 def refuse_misfits(pairs: Mapping[str, LowRankPair], shapes: Mapping[str, LinearShape], *, source: str) -> None:

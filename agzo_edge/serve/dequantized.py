@@ -13,7 +13,7 @@ from agzo_edge.errors import ModelError
 from agzo_edge.model.linear import FrozenLinear
 from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.serve.checkpoint import CONFIG_NAME, WEIGHTS_NAME, Checkpoint
+from agzo_edge.serve.checkpoint import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, is_tied
 from agzo_edge.serve.staging import staged
 from agzo_edge.serve.tensor_file import FLOATS, LazyTensor, stored_as, write_tensor_file
 
@@ -48,7 +48,7 @@ def model_tensors(model: EdgeModel) -> list[LazyTensor]:
     """
     network = model.network
     head = network.get_output_embeddings()
-    tied = bool(getattr(network.config.get_text_config(), "tie_word_embeddings", False))
+    tied = is_tied(network.config)
     tensors = [_held(name, values) for name, values in network.state_dict().items()]
     for name, module in network.named_modules():
         if isinstance(module, FrozenLinear) and not (tied and module is head):
