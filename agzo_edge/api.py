@@ -121,10 +121,7 @@ def evaluate(
     examples = load_examples(
         str(config.eval_data or config.data),
         loaded.tokenizer,
-        objective=config.objective,
-        max_seq_length=config.max_seq_length,
-        overlong=config.overlong,
-        mask_prompt=config.mask_prompt,
+        config,
         split="validation" if config.eval_data else "test",
     )
     loaded.require_positions(examples.report.longest_tokens)

@@ -1,7 +1,7 @@
 """Every setting of a run, with its default, its range and its meaning: stated here once.
 
 The command line's flags, the fields of a TOML file and the keyword arguments of the Python API are
-all made from these two classes. Later sources win: built-in < preset < profile < file < flags.
+all made from these classes and from DataConfig. Later sources win: built-in < preset < profile < file < flags.
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from agzo_edge.data_config import DataConfig
 from agzo_edge.errors import ConfigError, numbered
 from agzo_edge.units import parse_bytes
 
@@ -79,14 +80,12 @@ class AgzoConfig(BaseModel):
         return self
 
 
-class RunConfig(AgzoConfig):
-    """A whole run: the method, and the model, data, machine and outputs around it."""
+class RunConfig(AgzoConfig, DataConfig):
+    """A whole run: the method and the data, and the model, machine and outputs around them."""
 
     model: str | None = Field(
         None, min_length=1, description="Directory or hub id of a causal language model; none runs the demo."
     )
-    data: str | None = Field(None, min_length=1, description="Training file, directory or hub id.")
-    eval_data: str | None = Field(None, min_length=1, description="Held-out file, evaluated before, during and after.")
     output_dir: str | None = Field(
         None, min_length=1, description="Directory of the run; must be empty, or hold a run to resume."
     )
@@ -116,12 +115,6 @@ class RunConfig(AgzoConfig):
         None,
         min_length=1,
         description="Names or suffixes of the layers to train; all linear layers but the head by default.",
-    )
-    objective: Literal["lm", "choice"] = Field("lm", description="What is learned.")
-    mask_prompt: bool = Field(True, description="Take the loss on completions or assistant turns only.")
-    max_seq_length: int = Field(1024, ge=2, description="Longest row in tokens.")
-    overlong: Literal["error", "truncate", "drop"] = Field(
-        "error", description="What to do with rows over the longest length."
     )
     batch_size: int = Field(16, ge=1, description="Examples in a step.")
     micro_batch_size: int | None = Field(None, ge=1, description="Examples in one forward pass; all by default.")

@@ -6,7 +6,7 @@ from typing import Any
 
 from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.config import RunConfig
-from agzo_edge.train.data import DataReport
+from agzo_edge.train.data import DataReport, Sample
 from agzo_edge.train.evaluate import Metrics
 from agzo_edge.train.loop import TimedStep
 from agzo_edge.train.probe import MuProbe
@@ -28,6 +28,7 @@ class DataReady:
 
     train: DataReport
     held_out: DataReport | None
+    sample: Sample = ()  # the first training example as text
 
 
 @dataclass(frozen=True)

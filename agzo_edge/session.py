@@ -81,7 +81,7 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
         require_unused(out)
     facts = model_facts(str(config.model))  # first of all: a model that is not there is refused at once
     data, held_out = _data(config)
-    yield DataReady(data.report, held_out.report if held_out else None)
+    yield DataReady(data.report, held_out.report if held_out else None, data.sample)
     planned = planned_run(config, facts, [part for part in (data, held_out) if part])
     yield planned
     config = planned.config
@@ -125,16 +125,10 @@ def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]
 def _data(config: RunConfig) -> tuple[ExampleSet, ExampleSet | None]:
     """The training examples, and the held-out ones where they are given."""
     tokenizer = load_tokenizer(str(config.model), config)
-    settings: dict[str, Any] = {
-        "objective": config.objective,
-        "max_seq_length": config.max_seq_length,
-        "overlong": config.overlong,
-        "mask_prompt": config.mask_prompt,
-    }
-    data = load_examples(str(config.data), tokenizer, split="train", **settings)
+    data = load_examples(str(config.data), tokenizer, config, split="train")
     if config.eval_data is None:
         return data, None
-    return data, load_examples(config.eval_data, tokenizer, split="validation", **settings)
+    return data, load_examples(config.eval_data, tokenizer, config, split="validation")
 
 
 @dataclass

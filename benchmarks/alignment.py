@@ -45,7 +45,7 @@ from agzo_edge.train.data import Batch, Example, collate, pad_id_of
 from agzo_edge.train.objective import loss_of
 from agzo_edge.train.probe import probe_mu
 from agzo_edge.train.step import find_bases, measure
-from agzo_edge.train.template import TokenRow
+from agzo_edge.train.tokens import TokenRow
 
 MODELS = ("tiny-novels", "stories260K")
 BATCH_EXAMPLES = 16

@@ -28,7 +28,7 @@ from agzo_edge.rundir import JOURNAL_NAME, header_of, keep_step
 from agzo_edge.train.data import DataReport, Example, ExampleSet
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.loop import run_steps
-from agzo_edge.train.template import TokenRow
+from agzo_edge.train.tokens import TokenRow
 
 MU = 1e-2
 WARM_UP_STEPS = 2  # the first steps of a process are slower: they are run, and not counted

@@ -40,7 +40,7 @@ from agzo_edge.train.data import Batch, Example, collate
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.objective import loss_of
 from agzo_edge.train.step import agzo_step
-from agzo_edge.train.template import TokenRow
+from agzo_edge.train.tokens import TokenRow
 
 MU = 1e-2
 WARM_UP_STEPS = 2  # of the window under way: it has begun to learn

@@ -21,7 +21,7 @@ from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.train.data import Batch, Example, collate, micro_batches
-from agzo_edge.train.template import TokenRow
+from agzo_edge.train.tokens import TokenRow
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings

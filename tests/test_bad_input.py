@@ -223,9 +223,48 @@ def _long_row(bench: Bench) -> Path:
     return bench.file("long.jsonl", json.dumps({"text": "x" * 80}) + "\n")
 
 
+def _lone_surrogate(bench: Bench) -> Path:
+    return bench.file("half.jsonl", '{"text": "ok"}\n{"text": "\\ud83d"}\n')
+
+
+def _nul_byte(bench: Bench) -> Path:
+    return bench.file("nul.jsonl", '{"text": "a\\u0000b"}\n')
+
+
+def _utf16(bench: Bench) -> Path:
+    return bench.file("utf16.jsonl", '{"text": "a"}\n'.encode("utf-16"))
+
+
+def _missing_column(bench: Bench) -> Path:
+    return bench.file("columns.csv", "prompt,answer\na,b\nc,d\n")
+
+
+def _half_a_parquet_file(bench: Bench) -> Path:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a line"] * 1000}), bench.root / "whole.parquet")
+    whole = (bench.root / "whole.parquet").read_bytes()
+    (bench.root / "whole.parquet").unlink()
+    return bench.file("half.parquet", whole[: len(whole) // 2])
+
+
+def _null(bench: Bench) -> Path:
+    return bench.file("null.jsonl", '{"text": null}\n')
+
+
+def _one_long_line(bench: Bench) -> Path:
+    return bench.file("line.jsonl", b'{"text": "' + b"x" * 50 * 2**20 + b'"}\n')
+
+
 @pytest.mark.parametrize(
     ("spoilt", "named"),
     [
+        (_lone_surrogate, ("half.jsonl:2", "half a surrogate pair")),
+        (_nul_byte, ("nul.jsonl:1", "NUL character")),
+        (_utf16, ("utf16.jsonl:1", "broken JSON")),
+        (_missing_column, ("columns.csv:2", "'prompt', 'answer'", "completion")),
+        (_half_a_parquet_file, ("half.parquet", "cannot be read as Parquet")),
+        (_null, ("null.jsonl:1", "text is null")),
+        (_one_long_line, ("line.jsonl:1", "longer than 16.0 MiB")),
         (_no_file, ("nowhere.jsonl", "no such file")),
         (_no_rows, ("empty.jsonl", "holds no rows")),
         (_blank_lines, ("blank.jsonl", "holds no rows")),
@@ -250,6 +289,24 @@ def test_data_that_cannot_be_used(
 ) -> None:
     path = spoilt(bench)
     bench.refused(bench.train(data=path) if flag == "--data" else bench.train(flag, path), *named)
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (("--options", "yes"), ("options", "at least 2")),
+        (("--options", "yes,yes"), ("options", "holds one twice")),
+        (("--options", "yes,no", "--labels", "1,2,3"), ("3 labels for 2 options",)),
+        (("--prompt-template", "{text"), ("prompt_template", "expected '}'")),
+        (("--prompt-template", "{text.x}"), ("prompt_template", "{text.x} is no field's name")),
+        (("--line-pattern", "("), ("line_pattern", "no regular expression")),
+        (("--options", "yes,no", "--prompt-template", "{line}"), ("good.jsonl:1", "'line' is missing")),
+        (("--options", "é,ü", "--prompt-template", "{text}", "--labels", "one line,another line",
+          "--answer-field", "text"), ("good.jsonl:1", "options 0 and 1 are the same tokens")),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_rows(bench: Bench, extra: tuple[str, ...], named: tuple[str, ...]) -> None:
+    bench.refused(bench.train("--objective", "choice", *extra), *named)
 
 
 def test_a_choice_without_options(bench: Bench) -> None:

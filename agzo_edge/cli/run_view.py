@@ -19,11 +19,12 @@ from agzo_edge.units import format_bytes
 if TYPE_CHECKING:
     from agzo_edge.budget.memory import MemoryPlan
     from agzo_edge.events import Event, Run
-    from agzo_edge.train.data import DataReport
+    from agzo_edge.train.data import DataReport, Sample
     from agzo_edge.train.evaluate import Metrics
 
 N_LARGEST = 4  # components named in a summary
 BAR_COLUMNS = 40
+STRETCH_CHARACTERS = 160  # of each part of the example that is shown
 
 
 def plan_summary(plan: "MemoryPlan", machine: str, changes: Sequence[str]) -> list[Text]:
@@ -50,7 +51,23 @@ def data_line(name: str, report: "DataReport") -> Text:
         parts.append(f"{report.rows_truncated:,} truncated")
     if report.rows_dropped:
         parts.append(f"{report.rows_dropped:,} of {report.rows_read:,} dropped")
+    parts.append(f"{report.padding_share:.0%} padding")
     return fact(name, ", ".join(parts))
+
+
+def sample_lines(sample: "Sample") -> list[Text]:
+    """The first example as the model reads it; what is learned stands «in marks», and in colour."""
+    text = Text(f"{'':9}the first, learned «so»: ")
+    for stretch, learned in sample:
+        shown = _shortened(stretch.replace("\n", "↵"))
+        text.append(f"«{shown}»" if learned else shown, "green" if learned else "dim")
+    return [text] if sample else []
+
+
+def _shortened(text: str) -> str:
+    """The text with its middle left out where it is long."""
+    half = STRETCH_CHARACTERS // 2
+    return text if len(text) <= STRETCH_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 def event_lines(event: "Event") -> list[Text]:
@@ -60,8 +77,9 @@ def event_lines(event: "Event") -> list[Text]:
     match event:
         case Planned(plan=plan, machine=machine, changes=changes):
             return plan_summary(plan, machine, changes)
-        case DataReady(train=train, held_out=held_out):
-            return [data_line("data", train), *([data_line("held out", held_out)] if held_out else [])]
+        case DataReady(train=train, held_out=held_out, sample=sample):
+            scored = [data_line("held out", held_out)] if held_out else []
+            return [data_line("data", train), *sample_lines(sample), *scored]
         case ModelReady():
             line = f"{event.source}, {event.quantization} on {event.device}, {event.n_layers} layers learn"
             resumed = [fact("resumed", f"after step {event.first_step}")] if event.first_step else []

@@ -1,6 +1,6 @@
 """Examples, batches of them as tensors, and which examples each step sees: the seed alone decides."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,10 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from agzo_edge.numerics.noise import raw_words
-from agzo_edge.train.formats import Format, Objective
-from agzo_edge.train.template import TokenRow
+from agzo_edge.train.formats import Objective
+from agzo_edge.train.tokens import TokenRow
 
 _ORDER_LAYER = 2**62  # a layer no model has: the order shares no random word with any layer's noise
+
+
+Sample = tuple[tuple[str, bool], ...]  # stretches of text, and whether each is learned
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,15 @@ class Example:
 class DataReport:
     """What became of a source's rows."""
 
-    format: Format
+    format: str  # one of formats.Format
     rows_read: int
     rows_used: int
     rows_truncated: int  # among the used
     rows_dropped: int  # too long, or without a label token
     label_tokens: int
     longest_tokens: int  # of the rows used
+    tokens: int = 0  # of all rows used, prompts and options included
+    padding_share: float = 0.0  # of what goes through the model: what fills batches up to their longest row
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,17 @@ class ExampleSet:
     examples: Sequence[Example]
     report: DataReport
     sha256: str  # of token ids, labels and answers: equal where the same is learned in the same order
+    sample: Sample = ()  # the first example, for a person to check
+
+
+def padding_share(lengths: Sequence[int] | NDArray[np.int64], batches: Iterable[Sequence[int]]) -> float:
+    """The share of padding in batches, given as lists of examples; `lengths` are the tokens of each's longest row."""
+    tokens = padded = 0
+    for batch in batches:
+        of_batch = np.asarray([lengths[index] for index in batch])
+        tokens += int(of_batch.sum())
+        padded += int(of_batch.max()) * len(of_batch)
+    return 1 - tokens / padded if padded else 0.0
 
 
 @dataclass(frozen=True)

@@ -1,50 +1,106 @@
 """The examples of a source: its rows as tokens, with an account of what became of each."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from agzo_edge.config import RunConfig
 from agzo_edge.errors import DataError, numbered
-from agzo_edge.train.data import DataReport, Example, ExampleSet
-from agzo_edge.train.formats import Format, Objective, SoundRow, answer_index, checked_rows
-from agzo_edge.train.length import Overlong, fitted_rows, longest_tokens
-from agzo_edge.train.rows import BrokenRow
+from agzo_edge.train.conversation import require_chat_template
+from agzo_edge.train.data import DataReport, Example, ExampleSet, Sample, examples_of_step, padding_share
+from agzo_edge.train.formats import SoundRow, answer_index, checked_row
+from agzo_edge.train.length import fitted_rows, longest_tokens
+from agzo_edge.train.mapping import mapped_row
+from agzo_edge.train.plain import text_rows
+from agzo_edge.train.rows import BrokenRow, RawRow
 from agzo_edge.train.source import Split, read_rows
-from agzo_edge.train.template import TokenRow, require_chat_template, token_rows
+from agzo_edge.train.template import needs_chat_template, token_rows
+from agzo_edge.train.tokens import TokenRow, label_runs
 
 
 def load_examples(
     source: str,  # a file, a directory, or a data set of the hub
     tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
     *,
-    objective: Objective,
-    max_seq_length: int,  # tokens
-    overlong: Overlong,
-    mask_prompt: bool,
     split: Split = "train",  # of a directory or a hub data set; a file is read whole
 ) -> ExampleSet:
     """The examples of a source. Raises DataError once, with the faults of all its rows."""
+    maker = ExampleMaker(source, tokenizer, config)
+    rows = text_rows(
+        read_rows(source, split=split), tokenizer, max_tokens=config.max_seq_length, line_pattern=config.line_pattern
+    )
     tally = _Tally()
-    for row in checked_rows(read_rows(source, split=split), objective):
-        tally.rows_read += 1
-        if isinstance(row, BrokenRow):
-            tally.faults.append(str(row))
-            continue
-        if row.format == "messages":
-            require_chat_template(tokenizer, source)
-        try:
-            rows = token_rows(row.fields, row.format, tokenizer, mask_prompt=mask_prompt)
-            tally.longest_tokens = max(tally.longest_tokens, longest_tokens(rows))
-            fitted = fitted_rows(rows, limit=max_seq_length, overlong=overlong, bos_id=tokenizer.bos_token_id)
-        except DataError as error:
-            tally.faults.append(f"{row.place}: {error}")
-            continue
-        tally.add(row, fitted, truncated=fitted is not rows)
-    if fault := tally.complaint(max_seq_length):
+    for row in rows:
+        tally.add(row.place, maker.made(row))
+    if fault := tally.complaint(config.max_seq_length):
         raise DataError(f"{source}: {fault}")
-    return ExampleSet(tally.examples, tally.report(), _sha256(tally.examples))
+    examples = tally.examples
+    report = tally.report(maker.format, padding=_padding(examples, config, split=split))
+    return ExampleSet(examples, report, _sha256(examples), sample_of(examples[0], tokenizer))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of a row: an example, or a fault, or neither when it was dropped."""
+
+    example: Example | None = None
+    fault: str = ""
+    truncated: bool = False
+    longest_tokens: int = 0  # before anything was cut
+
+
+class ExampleMaker:
+    """Makes examples of a source's raw rows, as the settings say."""
+
+    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.config = config
+        self._first: SoundRow | None = None  # the others must have its format
+
+    @property
+    def format(self) -> str:
+        """The format of the source's rows, once one was sound."""
+        return self._first.format if self._first else ""
+
+    def made(self, row: RawRow | BrokenRow) -> Made:
+        """The example of a row. Raises DataError for what would be wrong with every row."""
+        mapped = row if isinstance(row, BrokenRow) else mapped_row(row, self.config)
+        if isinstance(mapped, BrokenRow):
+            return Made(fault=mapped.fault)
+        sound = checked_row(mapped, self.config.objective, first=self._first)
+        if isinstance(sound, str):
+            return Made(fault=sound)
+        self._first = self._first or sound
+        if needs_chat_template(sound.fields, sound.format):
+            require_chat_template(self.tokenizer, self.source)
+        try:
+            rows = self._token_rows(sound)
+        except DataError as error:
+            return Made(fault=str(error))
+        return self._fitted(sound, rows)
+
+    def _token_rows(self, row: SoundRow) -> tuple[TokenRow, ...]:
+        mask_prompt, train_on = self.config.mask_prompt, self.config.train_on
+        return token_rows(row.fields, row.format, self.tokenizer, mask_prompt=mask_prompt, train_on=train_on)
+
+    def _fitted(self, row: SoundRow, rows: tuple[TokenRow, ...]) -> Made:
+        """The example of a row's tokens, cut or dropped where they are too many."""
+        longest = longest_tokens(rows)
+        limit, overlong, bos_id = self.config.max_seq_length, self.config.overlong, self.tokenizer.bos_token_id
+        try:
+            fitted = fitted_rows(rows, limit=limit, overlong=overlong, bos_id=bos_id)
+        except DataError as error:
+            return Made(fault=str(error), longest_tokens=longest)
+        if not fitted:
+            return Made(longest_tokens=longest)
+        answer = answer_index(row.fields["options"], row.fields["answer"]) if row.format == "choice" else 0
+        assert answer is not None  # checked_row let it through
+        return Made(Example(fitted, answer, row.place), truncated=fitted is not rows, longest_tokens=longest)
 
 
 @dataclass
@@ -53,20 +109,19 @@ class _Tally:
 
     examples: list[Example] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    format: Format = "text"
     rows_read: int = 0
     rows_truncated: int = 0
     longest_tokens: int = 0  # before anything is cut
 
-    def add(self, row: SoundRow, rows: tuple[TokenRow, ...], *, truncated: bool) -> None:
-        """Take a row's tokens in; no tokens mean that it was dropped."""
-        self.format = row.format
-        if not rows:
-            return
-        self.rows_truncated += truncated
-        answer = answer_index(row.fields["options"], row.fields["answer"]) if row.format == "choice" else 0
-        assert answer is not None  # checked_rows let it through
-        self.examples.append(Example(rows, answer, row.place))
+    def add(self, place: str, made: Made) -> None:
+        """Take in what became of a row."""
+        self.rows_read += 1
+        self.longest_tokens = max(self.longest_tokens, made.longest_tokens)
+        self.rows_truncated += made.truncated
+        if made.fault:
+            self.faults.append(f"{place}: {made.fault}")
+        elif made.example is not None:
+            self.examples.append(made.example)
 
     def complaint(self, limit_tokens: int) -> str:
         """Why these rows cannot be trained on; empty when they can."""
@@ -83,17 +138,37 @@ class _Tally:
             )
         return ""
 
-    def report(self) -> DataReport:
+    def report(self, row_format: str, *, padding: float) -> DataReport:
         """The account of a source that was read to its end."""
         return DataReport(
-            format=self.format,
+            format=row_format,
             rows_read=self.rows_read,
             rows_used=len(self.examples),
             rows_truncated=self.rows_truncated,
             rows_dropped=self.rows_read - len(self.examples),
             label_tokens=sum(example.label_tokens for example in self.examples),
             longest_tokens=max(longest_tokens(example.rows) for example in self.examples),
+            tokens=sum(len(row.input_ids) for example in self.examples for row in example.rows),
+            padding_share=round(padding, 4),
         )
+
+
+def sample_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """An example's row, the right one of its options, as text: stretches, and whether each is learned."""
+    return tuple((str(tokenizer.decode(ids)), learned) for ids, learned in label_runs(example.rows[example.answer]))
+
+
+def _padding(examples: Sequence[Example], config: RunConfig, *, split: Split) -> float:
+    """The share of padding in the run's steps; of examples that are only scored, in batches of like length."""
+    lengths = [longest_tokens(example.rows) for example in examples]
+    batches: Iterator[Sequence[int]] = (
+        examples_of_step(len(examples), step=step, batch_size=config.batch_size, seed=config.seed)
+        for step in range(config.max_steps)
+    )
+    if split != "train":
+        by_length = np.argsort(lengths, kind="stable").tolist()
+        batches = (by_length[i : i + config.batch_size] for i in range(0, len(lengths), config.batch_size))
+    return padding_share(lengths, batches)
 
 
 def _sha256(examples: Sequence[Example]) -> str:

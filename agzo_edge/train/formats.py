@@ -1,7 +1,8 @@
 """What the rows of a file are, found from their fields, and what is wrong with each.
 
     messages            a conversation: [{"role": "user", "content": ...}, ...]
-    prompt-completion   two strings, of which the second is learned
+    sharegpt            conversations: [{"from": "human", "value": ...}, ...]
+    prompt-completion   two strings, or two lists of messages, of which the second is learned
     alpaca              instruction, output and, where it says something, input
     text                a string, all of it learned
     choice              prompt, options (two strings or more) and answer: its index, or the option itself
@@ -9,27 +10,26 @@
 The first format in this list whose fields a row has is the row's; other fields are ignored.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from agzo_edge.train.rows import BrokenRow, RawRow, type_name
+from agzo_edge.train.rows import RawRow, type_name
+from agzo_edge.train.turns import as_messages, conversation_faults, string_faults, tools_faults, turns_faults
 
-Format = Literal["messages", "prompt-completion", "alpaca", "text", "choice"]
+Format = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text", "choice"]
 Objective = Literal["lm", "choice"]
 
 _FIELDS: Mapping[Objective, Mapping[Format, tuple[str, ...]]] = {
     "lm": {
         "messages": ("messages",),
+        "sharegpt": ("conversations",),
         "prompt-completion": ("prompt", "completion"),
         "alpaca": ("instruction", "output"),
         "text": ("text",),
     },
     "choice": {"choice": ("prompt", "options", "answer")},
 }
-_SURROGATE = re.compile("[\ud800-\udfff]")  # no character: a byte that was not UTF-8, or half a pair in JSON
-_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -41,26 +41,18 @@ class SoundRow:
     fields: Mapping[str, Any]
 
 
-def checked_rows(rows: Iterable[RawRow | BrokenRow], objective: Objective) -> Iterator[SoundRow | BrokenRow]:
-    """Each row with its format, or broken: no known format, not the file's, or fields that cannot be used."""
-    first: SoundRow | None = None
-    for row in rows:
-        if isinstance(row, BrokenRow):
-            yield row
-            continue
-        found = format_of(row.fields, objective)
-        if found is None:
-            yield BrokenRow(row.place, _no_format(row.fields, objective))
-            continue
-        sound = SoundRow(row.place, found, row.fields)
-        first = first or sound
-        if found != first.format:
-            fault = f"a {found} row, but the file began with {first.format} ({first.place})"
-            yield BrokenRow(row.place, f"{fault}: keep one format in a file")
-        elif faults := row_faults(sound):
-            yield BrokenRow(row.place, "; ".join(faults))
-        else:
-            yield sound
+def checked_row(row: RawRow, objective: Objective, *, first: SoundRow | None = None) -> SoundRow | str:
+    """The row with its format, or what is wrong with it.
+
+    That is: no known format, not that of the file's `first` row, or fields that cannot be used.
+    """
+    found = format_of(row.fields, objective)
+    if found is None:
+        return _no_format(row.fields, objective)
+    if first is not None and found != first.format:
+        return f"a {found} row, but the file began with {first.format} ({first.place}): keep one format in a file"
+    sound = SoundRow(row.place, found, _normal(row.fields, found))
+    return "; ".join(row_faults(sound)) or sound
 
 
 def format_of(fields: Mapping[str, Any], objective: Objective) -> Format | None:
@@ -69,6 +61,13 @@ def format_of(fields: Mapping[str, Any], objective: Objective) -> Format | None:
         if all(field in fields for field in needed):
             return name
     return None
+
+
+def _normal(fields: Mapping[str, Any], row_format: Format) -> Mapping[str, Any]:
+    """The fields as the rest of the program reads them."""
+    if row_format == "sharegpt":
+        return {**fields, "messages": as_messages(fields["conversations"])}
+    return fields
 
 
 def _no_format(fields: Mapping[str, Any], objective: Objective) -> str:
@@ -84,58 +83,32 @@ def _no_format(fields: Mapping[str, Any], objective: Objective) -> str:
 def row_faults(row: SoundRow) -> list[str]:
     """What is wrong with a row's fields, all of it; nothing for a row that can be used."""
     fields = row.fields
-    if row.format == "messages":
-        return _message_faults(fields["messages"])
+    if row.format in ("messages", "sharegpt"):
+        return conversation_faults(fields["messages"]) + tools_faults(fields)
     if row.format == "choice":
-        faults = _string_faults("prompt", fields["prompt"])
+        faults = string_faults("prompt", fields["prompt"])
         return faults + _choice_faults(fields["options"], fields["answer"])
-    faults = [fault for name in _FIELDS["lm"][row.format] for fault in _string_faults(name, fields[name])]
+    if row.format == "prompt-completion" and isinstance(fields["prompt"], list):
+        return _exchange_faults(fields["prompt"], fields["completion"]) + tools_faults(fields)
+    faults = [fault for name in _FIELDS["lm"][row.format] for fault in string_faults(name, fields[name])]
     if row.format == "alpaca" and fields.get("input"):
-        faults += _string_faults("input", fields["input"])
+        faults += string_faults("input", fields["input"])
     return faults
 
 
-def _string_faults(name: str, value: object) -> list[str]:
-    if not isinstance(value, str):
-        return [f"{name} is {type_name(value)}; it must be a string"]
-    if not value.strip():
-        return [f"{name} is empty"]
-    if "\0" in value:
-        return [f"{name} holds a NUL character"]
-    if _SURROGATE.search(value):
-        return [f"{name} holds bytes that are not UTF-8, or half a surrogate pair: save the file as UTF-8"]
-    return []
-
-
-def _message_faults(messages: object) -> list[str]:
-    if not isinstance(messages, list) or not messages:
-        given = "empty" if messages == [] else type_name(messages)
-        return [f"messages is {given}; it must be a list of objects with role and content"]
-    faults = [fault for i, message in enumerate(messages, start=1) for fault in _turn_faults(message, i)]
-    if faults:
-        return faults
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        faults.append("a system message comes first, and once")
-    if next((role for role in roles if role != "system"), "user") != "user":
-        faults.append("a conversation begins with a user message, after the system message if there is one")
+def _exchange_faults(prompt: object, completion: object) -> list[str]:
+    """What is wrong with a prompt and a completion that are both messages."""
+    faults = conversation_faults(prompt, name="prompt") + turns_faults(completion, name="completion")
+    if not faults and isinstance(completion, list) and completion[0]["role"] != "assistant":
+        faults.append(f"completion begins with a {completion[0]['role']} message; it must be the assistant's")
     return faults
-
-
-def _turn_faults(message: object, number: int) -> list[str]:
-    if not isinstance(message, dict):
-        return [f"message {number} is {type_name(message)}; it must be an object with role and content"]
-    faults = []
-    if message.get("role") not in _ROLES:
-        faults.append(f"message {number} has role {message.get('role')!r}; known are {', '.join(_ROLES)}")
-    return faults + _string_faults(f"message {number}'s content", message.get("content"))
 
 
 def _choice_faults(options: object, answer: object) -> list[str]:
     if not isinstance(options, list) or len(options) < 2:
         given = f"a list of {len(options)}" if isinstance(options, list) else type_name(options)
         return [f"options is {given}; it must be a list of two strings or more"]
-    faults = [fault for i, option in enumerate(options) for fault in _string_faults(f"option {i}", option)]
+    faults = [fault for i, option in enumerate(options) for fault in string_faults(f"option {i}", option)]
     if not faults and len(set(options)) < len(options):
         faults.append(f"options {options} holds one twice")
     if answer_index(options, answer) is None:

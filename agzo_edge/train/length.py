@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from agzo_edge.errors import DataError
-from agzo_edge.train.template import TokenRow
+from agzo_edge.train.tokens import TokenRow
 
 Overlong = Literal["error", "truncate", "drop"]
 

@@ -1,4 +1,4 @@
-"""Raw rows from the files people have, each with its place: "notes.jsonl:12".
+"""Raw rows from the files people have, each with its place: "notes.jsonl:12"; plain text as a whole.
 
 A broken row does not stop the reading. It comes out as a `BrokenRow`, so that a person sees all the
 faults of a file at once. A source that cannot be read at all raises DataError. Text is read as UTF-8
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from agzo_edge.errors import DataError
+from agzo_edge.units import MIB, format_bytes
 
-_JSON_COLUMNS = ("messages", "options")  # lists, which a table's cell can only hold as JSON
+MAX_ROW_BYTES = 16 * MIB  # a longer line is no row: a file without line ends, or of another kind
+_JSON_COLUMNS = ("messages", "conversations", "options")  # lists, which a table's cell can only hold as JSON
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,14 @@ class RawRow:
 
     place: str  # for a person: file and line, or the row's number where there are no lines
     fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file of plain text, which is yet to be taken apart into rows."""
+
+    name: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,8 @@ class BrokenRow:
         return f"{self.place}: {self.fault}"
 
 
-def file_rows(path: Path) -> Iterator[RawRow | BrokenRow]:
-    """The rows of one file. Raises DataError when it cannot be read, or is of a kind that is not."""
+def file_rows(path: Path) -> Iterator[RawRow | BrokenRow | Document]:
+    """The rows of one file, or its plain text. Raises DataError when it cannot be read, or is of a kind that is not."""
     reader = FILE_KINDS.get(file_kind(path))
     if reader is None:
         known = ", ".join(FILE_KINDS)
@@ -64,18 +74,32 @@ def _text(path: Path, *, newline: str) -> TextIO:
 
 def _json_lines(path: Path) -> Iterator[RawRow | BrokenRow]:
     with _text(path, newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_lines(lines), start=1):
             place = f"{path.name}:{number}"
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.rstrip())  # or a fault at the end would be in column 1 of the next
-            except json.JSONDecodeError as error:
-                yield BrokenRow(place, f"broken JSON: {error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:  # a number of 10,000 digits, brackets without end
-                yield BrokenRow(place, f"broken JSON: {error}")
-            else:
-                yield _object_row(value, place)
+            if line is None:
+                yield BrokenRow(place, f"the line is longer than {format_bytes(MAX_ROW_BYTES)}: is this JSON Lines?")
+            elif line.strip():
+                yield json_row(line, place)
+
+
+def _lines(file: TextIO) -> Iterator[str | None]:
+    """The lines of a file; none in place of one that is too long, which is never held as a whole."""
+    while line := file.readline(MAX_ROW_BYTES):
+        too_long = len(line) == MAX_ROW_BYTES
+        while len(line) == MAX_ROW_BYTES and not line.endswith("\n"):
+            line = file.readline(MAX_ROW_BYTES)
+        yield None if too_long else line
+
+
+def json_row(line: str, place: str) -> RawRow | BrokenRow:
+    """The row on a line of JSON Lines."""
+    try:
+        value = json.loads(line.rstrip())  # or a fault at the end would be in column 1 of the next
+    except json.JSONDecodeError as error:
+        return BrokenRow(place, f"broken JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of 10,000 digits, brackets without end
+        return BrokenRow(place, f"broken JSON: {error}")
+    return _object_row(value, place)
 
 
 def _json_document(path: Path) -> Iterator[RawRow | BrokenRow]:
@@ -100,6 +124,11 @@ def _object_row(value: object, place: str) -> RawRow | BrokenRow:
     if isinstance(value, dict):
         return RawRow(place, value)
     return BrokenRow(place, f'holds {type_name(value)}; a row is an object: {{"text": ...}}')
+
+
+def _plain_text(path: Path) -> Iterator[Document]:
+    with _text(path, newline="") as file:
+        yield Document(path.name, file.read().replace("\r\n", "\n"))
 
 
 def _csv(path: Path) -> Iterator[RawRow | BrokenRow]:
@@ -171,10 +200,12 @@ def type_name(value: object) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
-FILE_KINDS: Mapping[str, Callable[[Path], Iterator[RawRow | BrokenRow]]] = {
+PLAIN_KINDS = (".txt", ".md")
+FILE_KINDS: Mapping[str, Callable[[Path], Iterator[RawRow | BrokenRow | Document]]] = {
     ".jsonl": _json_lines,
     ".json": _json_document,
     ".csv": _csv,
     ".tsv": _tsv,
     ".parquet": _parquet,
+    **dict.fromkeys(PLAIN_KINDS, _plain_text),
 }

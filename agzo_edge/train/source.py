@@ -1,11 +1,11 @@
-"""Where rows come from: a file, a directory with a file for each split, or a data set of the hub."""
+"""Where rows come from: a file, a directory with a file for each split or of notes, or a data set of the hub."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from agzo_edge.errors import DataError
-from agzo_edge.train.rows import FILE_KINDS, BrokenRow, RawRow, file_kind, file_rows
+from agzo_edge.train.rows import FILE_KINDS, PLAIN_KINDS, BrokenRow, Document, RawRow, file_kind, file_rows
 
 Split = Literal["train", "validation", "test"]
 
@@ -16,28 +16,39 @@ _FILE_NAMES: Mapping[Split, tuple[str, ...]] = {
 }
 
 
-def read_rows(source: str, *, split: Split) -> Iterator[RawRow | BrokenRow]:
-    """The rows of a file, of a directory's file for `split`, or of a hub data set's `split`.
+def read_rows(source: str, *, split: Split) -> Iterator[RawRow | BrokenRow | Document]:
+    """The rows of a file, of a directory's file for `split` or of its notes, or of a hub data set's `split`.
 
     Raises DataError when the source does not exist or cannot be read.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        path = _split_file(path, split)
     if path.exists():
-        yield from file_rows(path)
+        for file in source_files(path, split=split):
+            yield from file_rows(file)
     elif file_kind(path) in FILE_KINDS or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(f"{source}: no such file or directory")
     else:
         yield from _hub_rows(source, split)
 
 
-def _split_file(directory: Path, split: Split) -> Path:
+def source_files(path: Path, *, split: Split) -> list[Path]:
+    """The files to read: the path itself, a directory's file for `split`, or all notes of a directory of notes."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file_kind(file) in FILE_KINDS)
+    if any(_is_of(file, names) for file in files for names in _FILE_NAMES.values()):
+        return [_split_file(path, files, split)]
+    notes = sorted(file for file in path.rglob("*") if _is_note(file.relative_to(path)) and file.is_file())
+    if notes and split == "train" and all(file_kind(file) in PLAIN_KINDS for file in files):
+        return notes
+    return [_split_file(path, files, split)]
+
+
+def _split_file(directory: Path, files: Sequence[Path], split: Split) -> Path:
     """The one file of a directory that holds `split`: train.jsonl, valid.csv.gz, ..."""
     names = _FILE_NAMES[split]
     wanted = " or ".join(f"{name}.*" for name in names)
-    files = sorted(path for path in directory.iterdir() if file_kind(path) in FILE_KINDS)
-    found = [path for path in files if path.name.split(".")[0].lower() in names]
+    found = [file for file in files if _is_of(file, names)]
     if not found:
         there = ", ".join(path.name for path in files[:5]) or "no data file"
         raise DataError(f"{directory}: no {wanted} in it ({there}): rename the file, or name it itself")
@@ -45,6 +56,16 @@ def _split_file(directory: Path, split: Split) -> Path:
         both = f"{found[0].name} and {found[1].name}"
         raise DataError(f"{directory}: {both} both match {wanted}: name one of them")
     return found[0]
+
+
+def _is_note(file: Path) -> bool:
+    """Whether a path within a directory is plain text; what is hidden belongs to an editor, or to git."""
+    return file_kind(file) in PLAIN_KINDS and not any(part.startswith(".") for part in file.parts)
+
+
+def _is_of(file: Path, names: Sequence[str]) -> bool:
+    """Whether a file is named as one of the splits."""
+    return file.name.split(".")[0].lower() in names
 
 
 def _hub_rows(name: str, split: Split) -> Iterator[RawRow]:

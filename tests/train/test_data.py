@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agzo_edge.train.data import Example, collate, examples_of_step, micro_batches, pad_id_of
-from agzo_edge.train.template import TokenRow
+from agzo_edge.train.tokens import TokenRow
 
 PAD = 9
 

@@ -7,6 +7,7 @@ from character_tokens import CHATML, CHATML_MARKED
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from agzo_edge.config import RunConfig
 from agzo_edge.errors import DataError
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.examples import load_examples
@@ -15,13 +16,7 @@ Jsonl = Callable[..., str]
 
 
 def load(source: str, tokenizer: Tokenizer, **settings: Any) -> ExampleSet:
-    defaults: dict[str, Any] = {
-        "objective": "lm",
-        "max_seq_length": 64,
-        "overlong": "error",
-        "mask_prompt": True,
-    }
-    return load_examples(source, tokenizer, **{**defaults, **settings})
+    return load_examples(source, tokenizer, RunConfig(**{"max_seq_length": 64, **settings}))
 
 
 def test_the_report_counts_rows_and_tokens(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
@@ -144,3 +139,36 @@ def test_real_instructions_load_with_a_real_tokenizer(shared_dir: Path) -> None:
     assert data.report.rows_read == 1100
     ends = {int(example.rows[0].input_ids[-1]) for example in data.examples}
     assert ends == {tokenizer.eos_token_id}
+
+
+def test_the_last_turn_alone_can_be_learned(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    talk = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    for template in (CHATML, CHATML_MARKED):
+        tokenizer.chat_template = template
+        row = load(jsonl({"messages": talk}), tokenizer, max_seq_length=99, train_on="last").examples[0].rows[0]
+        assert tokenizer.decode(row.input_ids[row.is_label]).strip() == "d<|im_end|>"
+
+
+def test_the_sample_shows_what_is_read_and_what_is_learned(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    assert load(jsonl({"prompt": "ab", "completion": "cd"}), tokenizer).sample == (("<s>ab", False), ("cd</s>", True))
+    choice = jsonl({"prompt": "a", "options": ["b", "c"], "answer": 1})
+    assert load(choice, tokenizer, objective="choice").sample == (("<s>a", False), ("c", True))
+
+
+def test_the_padding_is_that_of_the_steps_to_come(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    source = jsonl({"text": "a"}, {"text": "a" * 5})  # 3 and 7 tokens with BOS and EOS
+    report = load(source, tokenizer, batch_size=2, max_steps=3).report
+    assert report.tokens == 10
+    assert report.padding_share == round(1 - 10 / 14, 4)
+    assert load(source, tokenizer, batch_size=1, max_steps=3).report.padding_share == 0
+
+
+def test_settings_make_rows_of_other_fields(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    source = jsonl({"q": "x", "label": "neg"}, {"q": "y", "label": "pos"}, {"q": "z", "label": "?"})
+    settings = {"prompt_template": "{q}=", "options": ("bad", "good"), "labels": ("neg", "pos")}
+    with pytest.raises(DataError, match=r"notes.jsonl:3: the answer '\?' is none of the labels neg, pos"):
+        load(source, tokenizer, objective="choice", answer_field="label", **settings)
+    source = jsonl({"q": "x", "label": "neg"}, {"q": "y", "label": "pos"})
+    data = load(source, tokenizer, objective="choice", answer_field="label", **settings)
+    assert [example.answer for example in data.examples] == [0, 1]
+    assert data.sample == (("<s>x=", False), ("bad", True))

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from agzo_edge.train.formats import BrokenRow, Objective, SoundRow, answer_index, checked_rows, format_of
+from agzo_edge.train.formats import Objective, SoundRow, answer_index, checked_row, format_of
 from agzo_edge.train.rows import RawRow
 
 TURN = {"role": "user", "content": "Hi"}
@@ -11,8 +11,15 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def faults_of(*rows: dict[str, Any], objective: Objective = "lm") -> list[str]:
-    raw = [RawRow(f"f:{number}", row) for number, row in enumerate(rows, start=1)]
-    return [str(row) for row in checked_rows(raw, objective) if isinstance(row, BrokenRow)]
+    first: SoundRow | None = None
+    faults = []
+    for number, fields in enumerate(rows, start=1):
+        checked = checked_row(RawRow(f"f:{number}", fields), objective, first=first)
+        if isinstance(checked, str):
+            faults.append(f"f:{number}: {checked}")
+        else:
+            first = first or checked
+    return faults
 
 
 @pytest.mark.parametrize(
@@ -39,8 +46,8 @@ def test_a_choice_row_is_known_by_its_three_fields() -> None:
 
 def test_a_row_of_no_format_is_told_what_it_has_and_what_it_needs() -> None:
     assert faults_of({"prompt": "a", "answer": "b"}) == [
-        "f:1: fields 'prompt', 'answer': a row for objective lm needs messages; or prompt and completion; "
-        "or instruction and output; or text"
+        "f:1: fields 'prompt', 'answer': a row for objective lm needs messages; or conversations; "
+        "or prompt and completion; or instruction and output; or text"
     ]
     assert "fields (none)" in faults_of({})[0]
 
@@ -126,6 +133,5 @@ def test_an_answer_is_an_option_before_it_is_an_index() -> None:
     assert answer_index(["no", "yes"], 1) == 1
 
 
-def test_sound_rows_come_through_with_place_and_fields() -> None:
-    rows = list(checked_rows([RawRow("f:1", {"text": "a"}), BrokenRow("f:2", "broken")], "lm"))
-    assert rows == [SoundRow("f:1", "text", {"text": "a"}), BrokenRow("f:2", "broken")]
+def test_a_sound_row_comes_through_with_place_and_fields() -> None:
+    assert checked_row(RawRow("f:1", {"text": "a"}), "lm") == SoundRow("f:1", "text", {"text": "a"})

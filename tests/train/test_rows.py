@@ -108,5 +108,17 @@ def test_half_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_kind_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "t.xlsx").touch()
-    with pytest.raises(DataError, match=r"t.xlsx: .* use one of .jsonl, .json, .csv, .tsv, .parquet"):
+    with pytest.raises(DataError, match=r"t.xlsx: .* use one of .jsonl, .json, .csv, .tsv, .parquet, .txt, .md"):
         list(file_rows(tmp_path / "t.xlsx"))
+
+
+def test_a_line_too_long_to_be_a_row_is_named_and_the_next_one_read(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    with path.open("w") as file:
+        file.write('{"text": "a"}\n{"text": "')
+        for _ in range(50):
+            file.write("x" * 2**20)
+        file.write('"}\n{"text": "b"}\n')
+    first, long, last = file_rows(path)
+    assert [row.place for row in (first, last) if isinstance(row, RawRow)] == ["t.jsonl:1", "t.jsonl:3"]
+    assert str(long) == "t.jsonl:2: the line is longer than 16.0 MiB: is this JSON Lines?"

@@ -11,8 +11,10 @@ from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from agzo_edge.errors import DataError
+from agzo_edge.train.conversation import require_chat_template
 from agzo_edge.train.formats import Format
-from agzo_edge.train.template import TokenRow, require_chat_template, token_rows
+from agzo_edge.train.template import token_rows
+from agzo_edge.train.tokens import TokenRow
 
 # Leaves the thought out of turns that others follow, as Qwen3 does.
 THINKING = (

@@ -1,0 +1,53 @@
+"""The settings that say what is learned from which data; a part of `config.RunConfig`."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from agzo_edge.templates import pattern_fault, template_fault
+
+
+class DataConfig(BaseModel):
+    """Where rows come from, what they become, and what is learned from them. docs/guide/data.md."""
+
+    data: str | None = Field(None, min_length=1, description="Training file, directory or hub id.")
+    eval_data: str | None = Field(None, min_length=1, description="Held-out file, evaluated before, during and after.")
+    objective: Literal["lm", "choice"] = Field("lm", description="What is learned.")
+    prompt_template: str | None = Field(
+        None, min_length=1, description="A row's prompt, made from its fields: 'Review: {sentence} It was'."
+    )
+    completion_template: str | None = Field(
+        None, min_length=1, description="A row's completion, made from its fields: ' {answer}'."
+    )
+    options: tuple[str, ...] | None = Field(
+        None, min_length=2, description="The options of every row, for choice; templates, as the prompt's."
+    )
+    labels: tuple[str, ...] | None = Field(
+        None, min_length=2, description="What the answer field holds for each of the options, in their order."
+    )
+    answer_field: str | None = Field(None, min_length=1, description="The field that holds the answer, for choice.")
+    line_pattern: str | None = Field(
+        None, min_length=1, description="Regular expression whose named groups make a row of each line of a .txt file."
+    )
+    train_on: Literal["all", "last"] = Field("all", description="Assistant turns of a conversation that are learned.")
+    mask_prompt: bool = Field(True, description="Take the loss on completions or assistant turns only.")
+    max_seq_length: int = Field(1024, ge=2, description="Longest row in tokens.")
+    overlong: Literal["error", "truncate", "drop"] = Field(
+        "error", description="What to do with rows over the longest length."
+    )
+
+    @model_validator(mode="after")
+    def _rows_can_be_made(self) -> Self:
+        templates = {"prompt_template": self.prompt_template, "completion_template": self.completion_template}
+        named = {name: text for name, text in templates.items() if text is not None}
+        named |= {f"option {i}": option for i, option in enumerate(self.options or ())}
+        faults = [f"{name} {text!r}: {fault}" for name, text in named.items() if (fault := template_fault(text))]
+        if self.options and len(set(self.options)) < len(self.options):
+            faults.append(f"options {list(self.options)} holds one twice")
+        if self.labels and self.options and len(self.labels) != len(self.options):
+            faults.append(f"{len(self.labels)} labels for {len(self.options)} options: give one for each")
+        if self.line_pattern and (fault := pattern_fault(self.line_pattern)):
+            faults.append(f"line_pattern {self.line_pattern!r}: {fault}")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self

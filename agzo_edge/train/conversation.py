@@ -1,0 +1,151 @@
+"""Token ids and label masks of a conversation, through the tokenizer's chat template.
+
+Where the template marks what the assistant generates ({% generation %}), the marks are the labels;
+elsewhere each assistant turn is what the template adds to the conversation before it, from the point
+where the model would begin to write. A prompt and a completion that are messages part where their tokens
+first differ, as in TRL.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from agzo_edge.errors import DataError
+from agzo_edge.train.tokens import TokenRow, labelled_from, n_shared
+from agzo_edge.train.turns import Message
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SPLIT_UP = "give prompt and completion, one row for each turn"
+
+Tools = Sequence[Any] | None
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Nothing; raises DataError when the tokenizer cannot lay out a source's conversations."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{source}: rows of messages need a chat template, and this model's tokenizer has none: "
+            "give prompt and completion instead, or take a chat model"
+        )
+
+
+def conversation_row(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, tools: Tools = None
+) -> TokenRow:
+    """A conversation, every assistant turn a label. Raises DataError when the template refuses it."""
+    messages = _without_nulls(messages)
+    with _refusals():
+        if _GENERATION_MARK.search(tokenizer.get_chat_template(tools=tools)):
+            return _marked_row(messages, tokenizer, tools)
+        return _Layout(messages, tokenizer, tools).row()
+
+
+def exchange_row(
+    prompt: Sequence[Message], completion: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, tools: Tools = None
+) -> TokenRow:
+    """A prompt of messages and the messages that answer it, all of the answer a label."""
+    prompt, completion = _without_nulls(prompt), _without_nulls(completion)
+    with _refusals():
+        asked = _ids(prompt, tokenizer, tools, add_generation_prompt=True)
+        whole = _ids([*prompt, *completion], tokenizer, tools)
+    return labelled_from(n_shared(asked, whole), whole)
+
+
+def _without_nulls(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """A table's missing fields are null, which templates would write out; a call's missing text is empty."""
+    given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    return [{"content": "", **message} for message in given]
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """A template's complaint, by raise_exception() mostly, as ours."""
+    try:
+        yield
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise DataError(f"the chat template refuses this conversation: {error}") from None
+
+
+def _ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Tools, **settings: bool) -> list[int]:
+    encoded = tokenizer.apply_chat_template(
+        messages, tools=tools, return_dict=True, tokenizer_kwargs={"verbose": False}, **settings
+    )
+    return list(encoded["input_ids"])
+
+
+def _marked_row(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Tools) -> TokenRow:
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        tools=tools,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False},
+    )
+    is_label = np.asarray(encoded["assistant_masks"], dtype=np.bool_)
+    is_label[:1] = False
+    return TokenRow(np.asarray(encoded["input_ids"], dtype=np.int64), is_label)
+
+
+class _Layout:
+    """A conversation laid out by a template without marks; the turns are found by what each one adds."""
+
+    def __init__(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Tools) -> None:
+        self.messages = messages
+        self.tokenizer = tokenizer
+        self.tools = tools
+        self.text = self._rendered(len(messages))
+
+    def row(self) -> TokenRow:
+        """The conversation's tokens, every assistant turn a label."""
+        turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        edges = [edge for turn in turns for edge in self._turn_span(turn)]
+        # A template writes its own BOS, so none is added; special tokens in the text are recognised all the same.
+        texts = [self.text, *(self.text[:edge] for edge in edges)]
+        ids, *parts = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        bounds = [n_shared(part, ids) for part in parts]  # in tokens
+        is_label = np.zeros(len(ids), dtype=np.bool_)
+        for start, end in zip(bounds[0::2], bounds[1::2], strict=True):
+            is_label[max(start, 1) : end] = True
+        return TokenRow(np.asarray(ids, dtype=np.int64), is_label)
+
+    def _turn_span(self, turn: int) -> tuple[int, int]:
+        """Where in the text an assistant turn begins and ends, in characters.
+
+        Some templates write a turn otherwise once others follow it (Qwen3 leaves out an empty thought);
+        the turn is then looked for by its content and what the template puts behind that.
+        """
+        if not self.text.startswith(self._until(turn)):
+            raise DataError(
+                f"the chat template rewrites what stands before message {turn + 1} once more follows: {_SPLIT_UP}"
+            )
+        opened = self._rendered(turn, add_generation_prompt=True)
+        until = self._until(turn + 1)
+        start = n_shared(opened, self.text)
+        if self.text.startswith(until):
+            return start, len(until)
+        said = self.messages[turn]["content"].strip()
+        content = until.rfind(said) if said else -1
+        if content >= 0 and self.text.startswith(until[content:], start):
+            return start, start + len(until) - content
+        raise DataError(
+            f"the chat template changes the text of message {turn + 1}, so its end cannot be found: {_SPLIT_UP}"
+        )
+
+    def _rendered(self, n_messages: int, **settings: bool) -> str:
+        """The text of the first messages."""
+        text = self.tokenizer.apply_chat_template(
+            self.messages[:n_messages], tools=self.tools, tokenize=False, **settings
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _until(self, n_messages: int) -> str:
+        """The text of the first messages as it is when others follow: Phi-3 puts an EOS after the last."""
+        text = self._rendered(n_messages)
+        ended = self.tokenizer.eos_token or ""
+        return text if self.text.startswith(text) else text.removesuffix(ended)

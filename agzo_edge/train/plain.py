@@ -1,0 +1,80 @@
+"""Rows from plain text, where nothing says what a row is.
+
+A line pattern makes a row of each line. Without one, a row is as many whole lines as fit a forward pass,
+and begins after a blank line where one is near: a note that fits is one row, a novel is many. Only a text's
+last row ends with an EOS.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from agzo_edge.train.rows import BrokenRow, Document, RawRow
+
+_SPECIAL_TOKENS = 2  # BOS and EOS, which a row may get
+
+
+def text_rows(
+    rows: Iterable[RawRow | BrokenRow | Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    line_pattern: str | None,
+) -> Iterator[RawRow | BrokenRow]:
+    """The rows, each plain text among them taken apart."""
+    for row in rows:
+        if not isinstance(row, Document):
+            yield row
+        elif line_pattern is not None:
+            yield from _matched_lines(row, re.compile(line_pattern))
+        else:
+            yield from _pieces(row, tokenizer, max_tokens=max_tokens)
+
+
+def _matched_lines(document: Document, pattern: re.Pattern[str]) -> Iterator[RawRow | BrokenRow]:
+    """A row for each line that is not blank: the pattern's named groups."""
+    for number, line in enumerate(document.text.split("\n"), start=1):
+        place, line = f"{document.name}:{number}", line.rstrip("\r")
+        if not line.strip():
+            continue
+        match = pattern.fullmatch(line)
+        if match is None:
+            yield BrokenRow(place, f"the line does not match the line pattern {pattern.pattern!r}")
+        else:
+            yield RawRow(place, match.groupdict())
+
+
+def _pieces(document: Document, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Iterator[RawRow]:
+    """A row for each stretch of lines that fits; a longer line is a row of its own, and too long."""
+    lines = document.text.splitlines(keepends=True)
+    if not document.text.strip():
+        return
+    n_tokens = [len(ids) for ids in tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]]
+    is_blank = [not line.strip() for line in lines]
+    pieces = [
+        (start, text)
+        for start, end in _cuts(n_tokens, is_blank, room=max_tokens - _SPECIAL_TOKENS)
+        if (text := "".join(lines[start:end]).rstrip("\n")).strip()
+    ]
+    for i, (start, text) in enumerate(pieces, start=1):
+        yield RawRow(f"{document.name}:{start + 1}", {"text": text, "goes_on": i < len(pieces)})
+
+
+def _cuts(n_tokens: Sequence[int], is_blank: Sequence[bool], *, room: int) -> Iterator[tuple[int, int]]:
+    """First line and the line after the last, for each piece of at most `room` tokens (a line at least).
+
+    A piece ends at its last blank line when that leaves it at least half full.
+    """
+    before = np.concatenate([[0], np.cumsum(n_tokens)])  # tokens before each line
+    after_blank = np.flatnonzero(is_blank) + 1
+    start = 0
+    while start < len(n_tokens):
+        end = max(start + 1, int(np.searchsorted(before, before[start] + room, side="right")) - 1)
+        if end < len(n_tokens):
+            blank = int(after_blank[np.searchsorted(after_blank, end, side="right") - 1]) if after_blank.size else 0
+            if blank <= end and before[blank] - before[start] >= room / 2:
+                end = blank
+        yield start, end
+        start = end

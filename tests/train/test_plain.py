@@ -1,0 +1,84 @@
+"""Plain text taken apart into rows that fit."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+from character_tokens import character_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from agzo_edge.config import RunConfig
+from agzo_edge.train.data import ExampleSet
+from agzo_edge.train.examples import load_examples
+from agzo_edge.train.plain import text_rows
+from agzo_edge.train.rows import BrokenRow, Document, RawRow
+
+CHARACTERS = character_tokenizer("<s> $A")
+
+
+def pieces_of(text: str, *, max_tokens: int) -> list[RawRow]:
+    rows = text_rows([Document("a.txt", text)], CHARACTERS, max_tokens=max_tokens, line_pattern=None)
+    return [row for row in rows if isinstance(row, RawRow)]
+
+
+def load(source: Path, tokenizer: Tokenizer, **settings: object) -> ExampleSet:
+    return load_examples(str(source), tokenizer, RunConfig(**settings))
+
+
+def test_a_note_that_fits_is_one_row_with_an_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.md").write_text("# Monday\n\nRain.\n")
+    (example,) = load(tmp_path / "a.md", tokenizer).examples
+    assert tokenizer.decode(example.rows[0].input_ids) == "<s># Monday\n\nRain.</s>"
+    assert example.place == "a.md:1"
+
+
+def test_a_longer_text_breaks_after_a_blank_line_and_ends_once() -> None:
+    pieces = pieces_of("one\ntwo\n\nthree\nfour\n", max_tokens=18)
+    assert [(row.place, row.fields["text"]) for row in pieces] == [("a.txt:1", "one\ntwo"), ("a.txt:4", "three\nfour")]
+    assert [row.fields["goes_on"] for row in pieces] == [True, False]
+
+
+def test_only_the_last_row_of_a_text_has_an_eos(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("abcd\nefgh\nijkl\n")
+    rows = [example.rows[0] for example in load(tmp_path / "a.txt", tokenizer, max_seq_length=8).examples]
+    assert [tokenizer.decode(row.input_ids) for row in rows] == ["<s>abcd", "<s>efgh", "<s>ijkl</s>"]
+
+
+@given(lines=st.lists(st.text("ab ", max_size=9), max_size=30), max_tokens=st.integers(13, 40))
+def test_nothing_but_blank_lines_is_lost_and_every_row_fits(lines: list[str], max_tokens: int) -> None:
+    pieces = pieces_of("\n".join(lines), max_tokens=max_tokens)
+    assert [part for row in pieces for part in row.fields["text"].split("\n") if part.strip()] == [
+        line for line in lines if line.strip()
+    ]
+    assert all(len(row.fields["text"]) + 2 <= max_tokens for row in pieces)
+
+
+@pytest.mark.parametrize("name", ["stories260K", "tiny-novels", "tinystories-chat-3m"])
+def test_a_real_text_fits_whatever_the_tokenizer(shared_dir: Path, tmp_path: Path, name: str) -> None:
+    text = (shared_dir / "data" / "tinyshakespeare" / "input.txt").read_text()[:30_000]
+    with gzip.open(tmp_path / "play.txt.gz", "wt") as file:
+        file.write(text)
+    tokenizer = AutoTokenizer.from_pretrained(shared_dir / "models" / name)
+    data = load(tmp_path / "play.txt.gz", tokenizer, max_seq_length=128)
+    assert data.report.longest_tokens <= 128
+    assert data.report.tokens > 0.75 * 128 * data.report.rows_used  # rows are well filled
+
+
+def test_a_folder_of_notes_is_read_whole_but_for_what_is_hidden(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for name in ("b.md", "a.txt", "deep/c.md", ".obsidian/d.md", "empty.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("" if name == "empty.md" else f"I am {name}")
+    places = [example.place for example in load(tmp_path, tokenizer).examples]
+    assert places == ["a.txt:1", "b.md:1", "c.md:1"]
+
+
+def test_a_line_pattern_makes_a_row_of_each_line() -> None:
+    lines = [Document("a.txt", "LOC:city Where is Rome ?\r\n\nnothing\n")]
+    pattern = r"(?P<label>[A-Z]+):\S+ (?P<question>.*)"
+    rows = list(text_rows(lines, CHARACTERS, max_tokens=9, line_pattern=pattern))
+    assert rows[0] == RawRow("a.txt:1", {"label": "LOC", "question": "Where is Rome ?"})
+    assert isinstance(rows[1], BrokenRow)
+    assert str(rows[1]).startswith("a.txt:3: the line does not match")
