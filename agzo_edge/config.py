@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from agzo_edge.data_config import DataConfig
 from agzo_edge.errors import ConfigError, numbered
-from agzo_edge.units import parse_bytes
+from agzo_edge.units import MIB, parse_bytes
 
 KEPT_CHECKPOINTS = 2  # the last one, and one before it in case the disk dies under the last
 
@@ -100,8 +100,9 @@ class RunConfig(AgzoConfig, DataConfig):
     )
     vram_limit: Bytes | None = Field(None, description="Memory budget of the GPU, with its unit: 6GiB.")
     ram_limit: Bytes | None = Field(None, description="Memory budget of the host, with its unit: 12GiB.")
-    on_overflow: Literal["fail", "shrink"] = Field(
-        "shrink", description="When a plan does not fit: refuse, or take smaller micro-batches first."
+    on_overflow: Literal["fail", "shrink", "stream"] = Field(
+        "shrink",
+        description="When a run does not fit: refuse it, work in smaller pieces, or also stream the layers.",
     )
     load_in_4bit: bool = Field(True, description="Quantize linear layers to 4 bit.")
     load_in_8bit: bool = Field(False, description="Quantize linear layers to 8 bit.")
@@ -118,6 +119,15 @@ class RunConfig(AgzoConfig, DataConfig):
     )
     batch_size: int = Field(16, ge=1, description="Examples in a step.")
     micro_batch_size: int | None = Field(None, ge=1, description="Examples in one forward pass; all by default.")
+    fuse_signs: bool = Field(True, description="Both signs in one pass; else one after the other, in less memory.")
+    mlp_chunk_tokens: int | None = Field(
+        None, ge=16, description="Tokens of each row that an MLP works on at once; all by default."
+    )
+    logits_chunk: Bytes = Field(64 * MIB, description="Float32 logits that exist at once, with their unit: 64MiB.")
+    offload: Literal["none", "embeddings", "layers"] = Field(
+        "none",
+        description="What waits outside the device until it is used: embeddings and head, or also all layers.",
+    )
     eval_steps: int = Field(100, ge=0, description="Evaluate every so many steps; 0 only before and after.")
     save_steps: int = Field(100, ge=0, description="Write the adapter every so many steps; 0 only at the end.")
     report_to: Literal["none", "tensorboard"] = Field("none", description="Where else to send the metrics.")

@@ -185,3 +185,8 @@ def model_logits(model: EdgeModel, batch: Batch) -> Tensor:
     """The unperturbed logits of a batch (rows, tokens, vocabulary)."""
     with torch.no_grad(), model.context.running(mask=batch.attention_mask.bool()):
         return model.logits(model.hidden_states(batch.input_ids, batch.attention_mask))
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """The distance from what was expected, by its size."""
+    return float((got - expected).norm() / expected.norm())

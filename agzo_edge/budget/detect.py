@@ -146,24 +146,38 @@ def gpu_from_csv(text: str) -> Gpu | None:
 
 
 def usable_host_bytes() -> int:
-    """The share of the host's memory that a run may take: of what is free, and of what the cgroups leave."""
+    """The share of the host's memory that a run may take."""
+    return int(CPU_SHARE * available_host_bytes())
+
+
+def available_host_bytes() -> int:
+    """The host's memory that nobody has: what is free, and what the cgroups leave of it."""
     available = [psutil.virtual_memory().available]
-    available += [max(0, limit - used) for limit, used in cgroup_memory()]
-    return int(CPU_SHARE * min(available))
+    return min(available + [max(0, limit - used) for limit, used in cgroup_memory()])
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
     """(limit, used) bytes of each control group that bounds this process's memory, version 1 or 2.
 
-    A container sees its own group as the root; outside one, every ancestor of our group counts.
+    A container sees its own group as the root; outside one, every ancestor of our group counts. File pages that
+    the kernel would drop first are counted as used by a group, and are not.
     """
     bounds = []
     for folder in _cgroup_folders(root, own):
         limit = _number_in(folder / "memory.max", folder / "memory.limit_in_bytes")
         used = _number_in(folder / "memory.current", folder / "memory.usage_in_bytes")
         if limit is not None and limit < UNLIMITED_BYTES:
-            bounds.append((limit, used or 0))
+            bounds.append((limit, max(0, (used or 0) - _reclaimable_bytes(folder))))
     return bounds
+
+
+def _reclaimable_bytes(folder: Path) -> int:
+    """A group's file pages that were not used lately."""
+    try:
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(fields.get("inactive_file", 0))
 
 
 def _cgroup_folders(root: Path, own: Path) -> list[Path]:

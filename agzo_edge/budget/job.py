@@ -58,9 +58,14 @@ class Job:
         return 1 if self.config.directions == "shared" else self.config.batch_size
 
     @property
+    def streams(self) -> int:
+        """Copies of each row in one forward: both signs when they are fused, or the value and its tangent."""
+        return STREAMS if self.config.fuse_signs or self.config.difference == "exact" else 1
+
+    @property
     def rows(self) -> int:
-        """Rows of one forward, both streams."""
-        return STREAMS * self.micro_examples * self.rows_per_example
+        """Rows of one forward, all streams."""
+        return self.streams * self.micro_examples * self.rows_per_example
 
     @property
     def tokens(self) -> int:

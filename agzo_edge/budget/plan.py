@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from agzo_edge.budget.facts import ModelFacts
+from agzo_edge.budget.ladder import halvings, ladder, rung_words
 from agzo_edge.budget.memory import Change, MemoryPlan, computes_on_cpu, predicted_memory
 from agzo_edge.budget.profile import Profile
 from agzo_edge.config import RunConfig
@@ -21,12 +22,20 @@ _Predict = Callable[[RunConfig], MemoryPlan]
 _Variant = tuple[str, RunConfig]  # flags, and the settings with them
 
 
+class Rung(NamedTuple):
+    """A way to take the run's steps, and the memory that it takes."""
+
+    config: RunConfig
+    plan: MemoryPlan
+
+
 class FittedRun(NamedTuple):
-    """A run that fits, and what was changed for it."""
+    """A run that fits, what was changed for it, and what is left to change should memory get scarce."""
 
     config: RunConfig
     plan: MemoryPlan
     notes: tuple[str, ...]
+    rungs: tuple[Rung, ...]  # this one first, each of the others in less memory than the one before
 
 
 def memory_plan(
@@ -76,28 +85,31 @@ def fitted_run(
     rows_per_example: int = 1,
     longest_tokens: int | None = None,
 ) -> FittedRun:
-    """The run with the largest micro-batch that fits; with on_overflow = fail, the run as it is or none.
+    """The run on the first rung of the ladder that fits. Source: DESIGN section 4.
 
-    Micro-batches give the same estimate as one batch: only speed is lost.
-    Raises BudgetError, with the numbers of the run as asked for, when no micro-batch fits.
+    Raises BudgetError, with the numbers of the run as asked for, when none does.
     """
-    plan_of = partial(memory_plan, facts, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
-    asked = plan_of(config, profile)
-    if asked.fits:
-        return FittedRun(config, asked, ())
-    sizes = _halvings(config.micro_batch_size or config.batch_size, at_least=1)
-    for size in sizes if config.on_overflow == "shrink" else ():
-        smaller = config.model_copy(update={"micro_batch_size": size})
-        plan = plan_of(smaller, profile)
-        if plan.fits:
-            note = (
-                f"micro-batches of {size}: the run as asked for needs {format_bytes(asked.device_bytes)}, "
-                f"{format_bytes(asked.limit_bytes)} are allowed, and so it takes "
-                f"{format_bytes(plan.device_bytes)}"
-            )
-            return FittedRun(smaller, plan, (note,))
-    require_fits(asked)
-    raise AssertionError("a plan that does not fit was let through")
+    rows: dict[str, Any] = {"rows_per_example": rows_per_example, "longest_tokens": longest_tokens}
+    predict = partial(_predicted, facts, profile, **rows)
+    asked = predict(config)
+    rungs: list[Rung] = []
+    for rung in ladder(config, row_tokens=asked.row_tokens):
+        plan = predict(rung)
+        if plan.fits and (not rungs or plan.device_bytes < rungs[-1].plan.device_bytes):
+            rungs.append(Rung(rung, plan))
+    if not rungs:
+        require_fits(
+            memory_plan(facts, config, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
+        )
+        raise AssertionError("a plan that does not fit was let through")
+    fitted = rungs[0]
+    notes: tuple[str, ...] = ()
+    if fitted.config != config:
+        notes = (
+            f"{rung_words(config, fitted.config)}: the run as asked for needs {format_bytes(asked.device_bytes)}, "
+            f"{format_bytes(asked.limit_bytes)} are allowed, and so it takes {format_bytes(fitted.plan.device_bytes)}",
+        )
+    return FittedRun(fitted.config, fitted.plan, notes, tuple(rungs))
 
 
 def _predicted(facts: ModelFacts, profile: Profile, config: RunConfig, **rows: Any) -> MemoryPlan:
@@ -124,7 +136,7 @@ def _changes(plan: MemoryPlan, kinds: Iterator[list[_Variant]], predict: _Predic
 def _cheaper(config: RunConfig, facts: ModelFacts, profile: Profile) -> Iterator[list[_Variant]]:
     """Changes that save memory, the kind that costs least first; of each kind the mildest first."""
     micro = config.micro_batch_size or config.batch_size
-    yield [_changed(config, micro_batch_size=size) for size in _halvings(micro, at_least=1)]
+    yield [_changed(config, micro_batch_size=size) for size in halvings(micro, at_least=1)]
     quantizable = facts.stored_as == "dense"
     if quantizable and not config.load_in_4bit:
         yield [_changed(config, load_in_4bit=True, load_in_8bit=False)]
@@ -136,17 +148,10 @@ def _cheaper(config: RunConfig, facts: ModelFacts, profile: Profile) -> Iterator
         yield [_changed(config, difference="central")]
     if config.dtype == "float32" and not computes_on_cpu(config, profile):
         yield [_changed(config, dtype="auto")]
-    lengths = _halvings(config.max_seq_length, at_least=SHORTEST_ROW_TOKENS)
+    lengths = halvings(config.max_seq_length, at_least=SHORTEST_ROW_TOKENS)
     yield [_changed(config, max_seq_length=length) for length in lengths]
-    ranks = _halvings(config.adapter_rank, at_least=SMALLEST_ADAPTER_RANK)
+    ranks = halvings(config.adapter_rank, at_least=SMALLEST_ADAPTER_RANK)
     yield [_changed(config, adapter_rank=rank) for rank in ranks]
-
-
-def _halvings(size: int, *, at_least: int) -> Iterator[int]:
-    """size/2, size/4, ... down to `at_least`."""
-    while size // 2 >= at_least:
-        size //= 2
-        yield size
 
 
 def _changed(config: RunConfig, **update: Any) -> _Variant:

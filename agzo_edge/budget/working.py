@@ -8,10 +8,8 @@ one forward, in units of tokens x width (torch 2.13, transformers 5.23, random m
 import math
 from collections.abc import Iterator
 
-from agzo_edge.budget.job import FLOAT32_BYTES, STREAMS, Component, Job, Where
-from agzo_edge.units import MIB
+from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job, Where
 
-LOGITS_CHUNK_BYTES = 64 * MIB  # numerics/loss.py has the same; a test holds the two together
 LOADER_COPIES = 2  # a tensor as stored and in the compute dtype, while it is quantized
 CUDA_SLACK_SHARE = 0.05  # estimate: what torch's CUDA allocator rounds up or cannot reuse
 SIGN_ENTRY_BYTES = 4 + 2  # a float32, and two bytes while the bits are spread
@@ -95,9 +93,9 @@ def logits_chunk(job: Job) -> Component:
     Measured (Llama, vocabulary 32,000, 2 x 512 tokens, exact): 4.1 chunks of 64 MiB, planned 4.
     """
     vocab = job.facts.vocab_size
-    streams, carried = (1, 2) if job.config.difference == "exact" else (STREAMS, 1)
-    positions = max(1, LOGITS_CHUNK_BYTES // (FLOAT32_BYTES * vocab * streams))
-    positions = min(positions, job.tokens // STREAMS)
+    streams, carried = (1, 2) if job.config.difference == "exact" else (job.streams, 1)
+    positions = max(1, job.config.logits_chunk // (FLOAT32_BYTES * vocab * streams))
+    positions = min(positions, job.tokens // job.streams)
     entry_bytes = carried * (FLOAT32_BYTES + job.value_bytes + job.extra_float32_bytes)
     formula = f"{streams * positions:,} rows of logits x {vocab:,} tokens x {entry_bytes} B"
     return Component("logits chunk", streams * positions * vocab * entry_bytes, "device", formula)

@@ -1,13 +1,10 @@
-"""The one place that knows which machine we compute on."""
+"""Which device, dtype and threads we compute with."""
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 
-import psutil
 import torch
 
 from agzo_edge.errors import ConfigError
@@ -53,44 +50,6 @@ def sync(device: torch.device) -> None:
     """Wait for the device to finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class PeakMeter:
-    """Bytes in use on a device, and the most there were since `restart`.
-
-    CUDA: torch's allocator. CPU: the process's anonymous memory (RssAnon), since weights are read by mmap
-    and resident pages of a file are not ours; sampled at each reading, so call `read` after every step.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.peak_bytes = 0
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget the peak so far."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.peak_bytes = self.read()
-
-    def read(self) -> int:
-        """Bytes in use now; the peak takes them in."""
-        if self.device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_reserved(self.device)
-            return torch.cuda.memory_reserved(self.device)
-        used = anonymous_bytes()
-        self.peak_bytes = max(self.peak_bytes, used)
-        return used
-
-
-def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process: RssAnon where the kernel tells it, else the resident set."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        match = re.search(r"^RssAnon:\s+(\d+) kB", status.read_text(), re.MULTILINE)
-        if match:
-            return int(match.group(1)) * 1024
-    return int(psutil.Process().memory_info().rss)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The linear layer of the runtime: a frozen weight, read once, and a side-branch beside it."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
@@ -25,6 +27,10 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return F.linear(x, self.base.dense(), self.bias)
+
+    def parts(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
+        """The layer in parts of its outputs, for a head whose outputs do not all fit: here it is one."""
+        yield slice(0, self.out_features), self
 
 
 class BranchedLinear(FrozenLinear):

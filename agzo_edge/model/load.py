@@ -14,9 +14,11 @@ from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, numbered
 from agzo_edge.model.device import chosen_device, chosen_dtype, use_threads
 from agzo_edge.model.linear import BranchedLinear, FrozenLinear
+from agzo_edge.model.offload import fetch_from_host, place_embeddings, place_of, settle
 from agzo_edge.model.passes import PassContext
+from agzo_edge.model.pieces import let_mlps_work_in_pieces
 from agzo_edge.model.runtime import EdgeModel, attach_branches
-from agzo_edge.model.weights import HeldWeight, base_weight_of, is_linear
+from agzo_edge.model.weights import HeldWeight, base_weight_of, is_linear, quantized
 
 
 def load_model(source: str, config: RunConfig) -> EdgeModel:
@@ -28,26 +30,61 @@ def load_model(source: str, config: RunConfig) -> EdgeModel:
     device = chosen_device(config.device)
     dtype = chosen_dtype(config.dtype, device)
     tokenizer = load_tokenizer(source, config)
-    network = _pretrained(source, config, device=device, dtype=dtype)
+    network = _pretrained(source, config, dtype=dtype)
     _refuse_fused_experts(network, source, config)
     context = PassContext(power_iterations=config.power_iterations, relative=config.relative)
-    targets = target_names(network, config.target_modules, source=source)
-    layers = {name: module for name, module in network.named_modules() if is_linear(module)}
-    transposed = any(
-        "Conv1D" in (type(m).__name__, getattr(m, "source_cls", nn.Linear).__name__) for m in layers.values()
-    )
-    for name, module in layers.items():
-        network.set_submodule(name, _replacement(module, name, name in targets, context, config, dtype))
+    transposed = _replace_layers(network, source, config, context=context, device=device, dtype=dtype)
+    _place_the_rest(network, config, device=device, dtype=dtype)
+    let_mlps_work_in_pieces(network, context)
     network.requires_grad_(False).eval()
     model = EdgeModel(network, tokenizer, device, dtype, context, source, branches=[], transposed=transposed)
-    use_threads(config.threads, n_parameters=sum(b.out_features * b.in_features for b in frozen_layers(network)))
+    model.offloaded = config.offload
+    if device.type != "cpu":
+        fetch_from_host(model)
+    settle(model, config)
+    n_parameters = sum(layer.out_features * layer.in_features for layer in model.frozen_layers.values())
+    use_threads(config.threads, n_parameters=n_parameters)
     attach_branches(model, rank=config.rank)
     return model
 
 
-def frozen_layers(network: nn.Module) -> list[FrozenLinear]:
-    """Our linear layers in the network."""
-    return [module for module in network.modules() if isinstance(module, FrozenLinear)]
+def _replace_layers(
+    network: Any, source: str, config: RunConfig, *, context: PassContext, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Put our layers in the place of the network's, one by one; whether they are GPT-2's Conv1D.
+
+    A layer is quantized when its turn comes: the weights still to come are in their files, not in memory.
+    """
+    targets = target_names(network, config.target_modules, source=source)
+    head = network.get_output_embeddings()
+    place = place_of(device, outside=config.offload == "layers")
+    layers = {name: module for name, module in network.named_modules() if is_linear(module)}
+    for name, module in layers.items():
+        bias = None if module.bias is None else module.bias.data.to(device, dtype, copy=True)
+        weight = base_weight_of(module, name=name, dtype=dtype)
+        layer: FrozenLinear
+        if module is head:  # it may be the embeddings, and is placed with them
+            layer = FrozenLinear(weight, bias)
+        elif name not in targets:
+            layer = FrozenLinear(quantized(weight, config, device=device, dtype=dtype).rehoused(place), bias)
+        else:
+            weight = quantized(weight, config, device=device, dtype=dtype)
+            opened = config.target == "dequantized"
+            weight = HeldWeight(weight, dtype=dtype) if opened else weight.rehoused(place)
+            layer = BranchedLinear(weight, bias, context=context)
+        network.set_submodule(name, layer)
+    return any("Conv1D" in (type(m).__name__, getattr(m, "source_cls", nn.Linear).__name__) for m in layers.values())
+
+
+def _place_the_rest(network: Any, config: RunConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Move embeddings, head, norms and buffers out of their files, in the compute dtype."""
+    place_embeddings(network, place_of(device, outside=config.offload != "none", dtype=dtype))
+    for module in network.modules():
+        if not isinstance(module, nn.Embedding):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(device, dtype, copy=True)
+    for buffer in network.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def load_tokenizer(source: str, config: RunConfig) -> Any:
@@ -60,30 +97,42 @@ def load_tokenizer(source: str, config: RunConfig) -> Any:
         raise ModelError(f"{source}: no tokenizer can be read: {_reason(error)}") from None
 
 
-def _pretrained(source: str, config: RunConfig, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """The transformers model, quantized while its weights are read."""
+def _pretrained(source: str, config: RunConfig, *, dtype: torch.dtype) -> Any:
+    """The transformers model as its files hold it: the weights are mapped, and take memory only when they are read."""
     from transformers import AutoModelForCausalLM
 
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     try:
-        quantization = quantization_of(source, config, dtype)
+        _refuse_other_quantization(source, config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # loaders warn about what is checked below
             network, info = AutoModelForCausalLM.from_pretrained(
                 source,
-                dtype=dtype,
-                device_map={"": str(device)},
+                dtype="auto",
+                device_map={"": "cpu"},
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
-                # given as None it would hide what the checkpoint says
-                **({"quantization_config": quantization} if quantization else {}),
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source}: cannot be loaded: {_reason(error)}") from None
     _refuse_incomplete(info, source)
+    _renew_buffers(network, dtype)
     return network
+
+
+def _renew_buffers(network: Any, dtype: torch.dtype) -> None:
+    """Compute the buffers that are in the checkpoint's dtype anew in ours: Gemma's scale of its embeddings."""
+    from accelerate import init_empty_weights
+
+    if network.dtype is dtype:
+        return
+    with init_empty_weights(include_buffers=False):
+        fresh = dict(type(network)._from_config(network.config, dtype=dtype).named_buffers())
+    for name, buffer in network.named_buffers():
+        if name in fresh and buffer.dtype is network.dtype and buffer.is_floating_point():
+            buffer.data = fresh[name].data
 
 
 def _refuse_incomplete(info: Any, source: str) -> None:
@@ -97,33 +146,16 @@ def _refuse_incomplete(info: Any, source: str) -> None:
         raise ModelError(f"{source}: is no whole causal language model:\n{numbered(faults)}")
 
 
-def quantization_of(source: str, config: RunConfig, dtype: torch.dtype) -> Any:
-    """The bitsandbytes configuration that `config` asks for; None keeps what the checkpoint says.
+def _refuse_other_quantization(source: str, config: RunConfig) -> None:
+    """Raise ModelError for a checkpoint that is quantized by something else than bitsandbytes."""
+    from transformers import AutoConfig
 
-    Raises ModelError for a checkpoint quantized by something else.
-    """
-    from transformers import AutoConfig, BitsAndBytesConfig
-
-    stored = getattr(
-        AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code),
-        "quantization_config",
-        None,
-    )
+    found = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    stored = getattr(found, "quantization_config", None)
     if stored is not None:
         method = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
         if method != "bitsandbytes":
             raise ModelError(f"{source}: is quantized by {method}; only bitsandbytes can be read")
-        return None
-    if config.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if config.load_in_4bit:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=config.quant_type,
-            bnb_4bit_use_double_quant=config.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    return None
 
 
 def target_names(network: Any, wanted: Sequence[str] | None, *, source: str) -> set[str]:
@@ -140,18 +172,6 @@ def target_names(network: Any, wanted: Sequence[str] | None, *, source: str) -> 
         kinds = sorted({re.sub(r".*\.", "", name) for name in names})
         raise ModelError(f"{source}: no linear layer matches {', '.join(missing)}; there are {', '.join(kinds)}")
     return set().union(*matches.values())
-
-
-def _replacement(
-    module: nn.Module, name: str, is_target: bool, context: PassContext, config: RunConfig, dtype: torch.dtype
-) -> FrozenLinear:
-    """Our layer for `module`: with a branch when it is a target."""
-    weight = base_weight_of(module, name=name, dtype=dtype)
-    if is_target and config.target == "dequantized":
-        weight = HeldWeight(weight, dtype=dtype)
-    bias: Any = module.bias
-    bias = None if bias is None else bias.data
-    return BranchedLinear(weight, bias, context=context) if is_target else FrozenLinear(weight, bias)
 
 
 def _refuse_fused_experts(network: nn.Module, source: str, config: RunConfig) -> None:

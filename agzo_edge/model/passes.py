@@ -45,7 +45,9 @@ class PassContext:
     refresh: Refresh = Refresh.NONE
     power_iterations: int = 3
     relative: bool = True
-    _refreshed: set[int] = field(default_factory=set)
+    mlp_chunk_tokens: int | None = None  # tokens of each row that an MLP works on at once; None: all
+    _tokens: slice = field(default_factory=lambda: slice(None))  # those that the layers see now
+    _refreshed: set[tuple[int, int | None]] = field(default_factory=set)
     _products: dict[int, Tensor] = field(default_factory=dict)
     _energies: dict[str, list[Tensor]] = field(default_factory=dict)
 
@@ -60,6 +62,15 @@ class PassContext:
             yield
         finally:
             self.mask, self.perturbation, self.refresh = None, None, Refresh.NONE
+
+    @contextmanager
+    def seeing(self, tokens: slice) -> Iterator[None]:
+        """Inside, layers are given only these tokens of each row."""
+        self._tokens = tokens
+        try:
+            yield
+        finally:
+            self._tokens = slice(None)
 
     @property
     def n_streams(self) -> int:
@@ -78,13 +89,14 @@ class PassContext:
             assert self.perturbation is not None
             first, second = values.float().unflatten(0, (2, -1))
             values = second if self.perturbation.steps[1] == 0 else (first + second) / 2
-        return values[self.mask]
+        return values[self.mask[:, self._tokens]]
 
     def see_input(self, group: InputGroup, inputs: Tensor) -> None:
         """Let the group's basis take part in the refresh; called by each of its layers, acts on the first."""
-        if self.refresh in (Refresh.NONE, Refresh.MEASURE) or group.index in self._refreshed:
+        call = (group.index, self._tokens.start)
+        if self.refresh in (Refresh.NONE, Refresh.MEASURE) or call in self._refreshed:
             return
-        self._refreshed.add(group.index)
+        self._refreshed.add(call)
         tokens = self.unperturbed(inputs)
         if self.refresh is Refresh.IN_PASS:
             group.basis = activation_basis(tokens, group.basis, n_iter=self.power_iterations)

@@ -1,8 +1,9 @@
 """A loaded model as the rest of the program sees it: hidden states, logits, branches."""
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from agzo_edge.model.branch import Branch, InputGroup, make_branches
 from agzo_edge.model.linear import BranchedLinear, FrozenLinear
 from agzo_edge.model.passes import PassContext, Refresh
 from agzo_edge.model.weights import HeldWeight
+from agzo_edge.units import MIB
 
 PROBE_TOKENS = 6  # enough for every operation to run; small enough to cost nothing
 
@@ -29,6 +31,9 @@ class EdgeModel:
     source: str  # the directory or hub id it came from
     branches: list[Branch]
     transposed: bool = False  # its layers are GPT-2's Conv1D, whose weights are stored (in, out)
+    logits_chunk_bytes: int = 64 * MIB  # float32 logits that exist at once
+    offloaded: str = "none"  # what waits outside the device: none, embeddings or layers
+    host_hooks: list[Any] = field(default_factory=list)  # on embeddings that wait on the host
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(rows, tokens) -> (rows, tokens, hidden_size): what the head turns into logits."""
@@ -38,7 +43,16 @@ class EdgeModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden_size) -> (..., vocabulary) logits, with the caps and scales that the model defines."""
-        logits: Tensor = self.network.get_output_embeddings()(hidden)
+        return self._through(self.head, hidden)
+
+    def head_parts(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
+        """The head in parts of the vocabulary, each with its words: one part, unless it waits on the host."""
+        for words, part in self.head.parts():
+            yield words, partial(self._through, part)
+
+    def _through(self, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """The logits of a head, or of a part of it: caps and scales know no neighbouring words."""
+        logits = head(hidden)
         config = self.network.config.get_text_config()
         if scale := getattr(config, "logit_scale", None):
             logits = logits * scale
@@ -51,7 +65,7 @@ class EdgeModel:
     @property
     def vocab_size(self) -> int:
         """Columns of the logits."""
-        return int(self.network.get_output_embeddings().out_features)
+        return self.head.out_features
 
     @property
     def quantization(self) -> str:
@@ -77,10 +91,21 @@ class EdgeModel:
         return sorted({branch.group.index: branch.group for branch in self.branches}.values(), key=lambda g: g.index)
 
     @property
+    def head(self) -> FrozenLinear:
+        """The layer that turns hidden states into logits."""
+        head: FrozenLinear = self.network.get_output_embeddings()
+        return head
+
+    @property
+    def frozen_layers(self) -> dict[str, FrozenLinear]:
+        """All linear layers, by name."""
+        named = self.network.named_modules()
+        return {name: module for name, module in named if isinstance(module, FrozenLinear)}
+
+    @property
     def layers(self) -> dict[str, BranchedLinear]:
         """The layers that carry a branch, by name."""
-        named = self.network.named_modules()
-        return {name: module for name, module in named if isinstance(module, BranchedLinear)}
+        return {name: layer for name, layer in self.frozen_layers.items() if isinstance(layer, BranchedLinear)}
 
     def stored_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the base as it is stored, by name, in a fixed order."""

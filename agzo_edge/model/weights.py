@@ -5,13 +5,14 @@ their 8-bit forward quantizes the activations, which drowns a finite difference 
 A weight is dequantized, used by one matmul and dropped; what is stored is only ever read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError
 from agzo_edge.numerics.update import stochastically_rounded
 
@@ -34,6 +35,10 @@ class BaseWeight(Protocol):
         """The stored tensors by name, for hashing and counting."""
         ...
 
+    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
+        """The same weight, each stored tensor where `place` puts it."""
+        ...
+
 
 class DenseWeight:
     """A weight in 16 or 32 bit. `transposed` is the (in, out) layout of GPT-2's Conv1D."""
@@ -54,6 +59,10 @@ class DenseWeight:
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """The one tensor."""
         yield "weight", self.weight
+
+    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
+        """The same weight elsewhere."""
+        return type(self)(place(self.weight))
 
 
 class HeldWeight:
@@ -82,6 +91,11 @@ class HeldWeight:
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """What it was dequantized from, which stays as it is."""
         return self.origin.stored()
+
+    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
+        """Itself, with what it was dequantized from elsewhere: the weight is written to and stays."""
+        self.origin = self.origin.rehoused(place)
+        return self
 
     def add_(self, change: Tensor, random_bits: Tensor) -> None:
         """Add a float32 change (out_features, in_features); stochastic rounding keeps small ones in bfloat16."""
@@ -150,6 +164,12 @@ class FourBitWeight:
             yield "nested_absmax", self.state.state2.absmax
             yield "offset", self.state.offset
 
+    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
+        """The same weight, nibbles and scales elsewhere; the few numbers of code books and nested scales stay."""
+        state = copy(self.state)
+        state.absmax = place(state.absmax)
+        return type(self)(place(self.packed), state, dtype=state.dtype)
+
 
 class EightBitWeight:
     """A bitsandbytes int8 weight: each row scaled to ±127. The activations stay unquantized."""
@@ -174,6 +194,34 @@ class EightBitWeight:
         """The integers and the rows' scales."""
         yield "rows", self.rows
         yield "row_absmax", self.row_absmax
+
+    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
+        """The same weight elsewhere."""
+        return type(self)(place(self.rows), place(self.row_absmax), dtype=self.dtype)
+
+
+def quantized(weight: BaseWeight, config: RunConfig, *, device: torch.device, dtype: torch.dtype) -> BaseWeight:
+    """A dense weight in the width that `config` asks for, on `device`; one that is quantized already as it is.
+
+    The bytes are those of bitsandbytes' own layers: a weight is rounded to the compute dtype first, for
+    8 bit to float16.
+    """
+    from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
+
+    if isinstance(weight, FourBitWeight):
+        weight.state.to(device)
+    if not isinstance(weight, DenseWeight):
+        return weight
+    if config.load_in_8bit:
+        rows, row_absmax, _ = int8_vectorwise_quant(weight.dense().to(device, torch.float16).contiguous())
+        return EightBitWeight(rows, row_absmax, dtype=dtype)
+    values = weight.dense().to(device, dtype)
+    if config.load_in_4bit:
+        packed, state = quantize_4bit(
+            values.contiguous(), quant_type=config.quant_type, compress_statistics=config.double_quant
+        )
+        return FourBitWeight(packed, state, dtype=dtype)
+    return DenseWeight(values)
 
 
 def base_weight_of(module: nn.Module, *, name: str, dtype: torch.dtype) -> BaseWeight:

@@ -4,47 +4,57 @@ The whole (tokens, vocabulary) matrix of logits never exists: at a vocabulary of
 594 MiB for 1,024 tokens, more than a small model's weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-LOGITS_CHUNK_BYTES = 64 * 1024**2  # float32 logits of one chunk; larger chunks gain nothing (measured)
+Head = Callable[[Tensor], Tensor]  # (..., hidden_size) -> (..., words) logits of some part of the vocabulary
 
 
-def chunk_tokens(vocab_size: int, n_streams: int) -> int:
-    """Label positions in a chunk so that its logits stay within LOGITS_CHUNK_BYTES."""
-    return max(1, LOGITS_CHUNK_BYTES // (4 * vocab_size * n_streams))
+def chunk_tokens(vocab_size: int, n_streams: int, chunk_bytes: int) -> int:
+    """Label positions in a chunk so that its float32 logits stay within `chunk_bytes`."""
+    return max(1, chunk_bytes // (4 * vocab_size * n_streams))
 
 
 def label_losses(
     hidden: Tensor,  # (streams, positions, hidden_size): the states that predict a label
     labels: Tensor,  # (positions,) int64
-    head: Callable[[Tensor], Tensor],  # (..., hidden_size) -> (..., vocabulary) logits
+    head_parts: Iterable[tuple[slice, Head]],  # the parts of the vocabulary in order, each with its head
     *,
-    vocab_size: int,
+    chunk_bytes: int,
 ) -> Tensor:  # (streams, positions) float32
-    """The negative log-likelihood of each label, in each stream.
+    """The negative log-likelihood of each label, in each stream: log-sum-exp over the vocabulary − the label's logit.
 
     The streams (the two signs of a perturbation) share every chunk, so that both meet the same kernels
-    and the same order of summation.
+    and the same order of summation. A head that is in one part is the usual case; one that does not fit the
+    device comes in several, each fetched once, and the log-sum-exp runs on over them.
     """
-    size = chunk_tokens(vocab_size, hidden.shape[0])
-    losses = [
-        token_losses(head(hidden[:, start : start + size]), labels[start : start + size])
-        for start in range(0, labels.shape[0], size)
-    ]
-    return torch.cat(losses, dim=1)
+    log_sum: Tensor | None = None
+    at_label: Tensor | None = None
+    for words, head in head_parts:
+        size = chunk_tokens(words.stop - words.start, hidden.shape[0], chunk_bytes)
+        starts = range(0, labels.shape[0], size)
+        chunks = [part_scores(head(hidden[:, i : i + size]), labels[i : i + size], words.start) for i in starts]
+        part_sum, part_label = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
+        log_sum = part_sum if log_sum is None else torch.logaddexp(log_sum, part_sum)
+        at_label = part_label if at_label is None else at_label + part_label
+    assert log_sum is not None
+    assert at_label is not None
+    return log_sum - at_label
 
 
-def token_losses(
-    logits: Tensor,  # (streams, positions, vocabulary)
-    labels: Tensor,  # (positions,)
-) -> Tensor:  # (streams, positions) float32
-    """−log softmax at the label, by log-sum-exp in float32."""
+def part_scores(
+    logits: Tensor,  # (streams, positions, words)
+    labels: Tensor,  # (positions,), in the whole vocabulary
+    first_word: int,
+) -> tuple[Tensor, Tensor]:  # (streams, positions) float32 each
+    """The log-sum-exp over these words, and the label's logit, 0 where the label is not among them."""
     logits = logits.float()
-    index = labels.expand(logits.shape[0], -1).unsqueeze(-1)
-    return logits.logsumexp(dim=-1) - logits.gather(-1, index).squeeze(-1)
+    place = labels - first_word
+    is_here = (place >= 0) & (place < logits.shape[-1])
+    index = place.clamp(0, logits.shape[-1] - 1).expand(logits.shape[0], -1).unsqueeze(-1)
+    return logits.logsumexp(dim=-1), torch.where(is_here, logits.gather(-1, index).squeeze(-1), 0.0)
 
 
 def row_sums(

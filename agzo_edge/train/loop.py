@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, NonFiniteLossError
-from agzo_edge.model.device import PeakMeter
+from agzo_edge.model.memory import PeakMeter
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.train.data import Batch, ExampleSet, examples_of_step, micro_batches, pad_id_of
 from agzo_edge.train.learner import Learner

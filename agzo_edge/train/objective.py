@@ -49,7 +49,7 @@ def label_scores(model: EdgeModel, batch: Batch) -> Tensor:  # (streams, rows) f
     row, token = batch.is_label[:, 1:].nonzero(as_tuple=True)  # the state at t predicts the token at t + 1
     hidden = hidden.unflatten(0, (streams, -1))[:, row, token]
     labels = batch.input_ids[row, token + 1]
-    losses = label_losses(hidden, labels, model.logits, vocab_size=model.vocab_size)
+    losses = label_losses(hidden, labels, model.head_parts(), chunk_bytes=model.logits_chunk_bytes)
     n_rows = batch.input_ids.shape[0]
     return row_sums(losses, row, n_rows) / torch.bincount(row, minlength=n_rows)
 

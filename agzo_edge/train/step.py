@@ -1,7 +1,7 @@
 """One AGZO step, top to bottom."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def agzo_step(
         if learner.window_starts(step):
             left_out = learner.close_window(step)
             refresh = Refresh.IN_PASS
-            if len(batches) > 1:  # the whole batch must shape the basis, not its first part
+            if not is_one_pass(batches, config):  # the whole batch must shape the basis, not its first part
                 find_bases(model, batches, config)
                 refresh = Refresh.NONE
         measured, loss = measure(model, batches, step=step, mu=mu, config=config, refresh=refresh)
@@ -65,6 +65,11 @@ def agzo_step(
         label_tokens=sum(int(batch.is_label.sum()) for batch in batches),
         left_out=left_out,
     )
+
+
+def is_one_pass(batches: Sequence[Batch], config: RunConfig) -> bool:
+    """Whether every layer meets all inputs of the step in one call."""
+    return len(batches) == 1 and config.fuse_signs and config.mlp_chunk_tokens is None
 
 
 def measure(
@@ -87,7 +92,7 @@ def measure(
 def _losses(
     model: EdgeModel, batch: Batch, *, step: int, mu: float, config: RunConfig, refresh: Refresh
 ) -> Tensor:  # (2, examples) float32
-    """The losses of one micro-batch under noise: both signs, or the value and its derivative."""
+    """The losses of one micro-batch under noise, both signs in one pass or in two; or value and derivative."""
     on_device = batch.to(model.device)
     steps = {"central": (mu, -mu), "forward": (mu, 0.0), "exact": (1.0,)}[config.difference]
     shared = config.directions == "shared"
@@ -103,7 +108,10 @@ def _losses(
         steps=steps,
         exact=config.difference == "exact",
     )
-    losses = loss_of(model, on_device, objective=config.objective, perturbation=perturbation, refresh=refresh)
+    passes = [perturbation] if config.fuse_signs else [replace(perturbation, steps=(each,)) for each in steps]
+    losses = torch.cat(
+        [loss_of(model, on_device, objective=config.objective, perturbation=each, refresh=refresh) for each in passes]
+    )
     if not all_finite(losses):
         bad = [place for place, ok in zip(batch.places, losses.isfinite().all(0).tolist(), strict=True) if not ok]
         raise NonFiniteLossError(

@@ -9,14 +9,13 @@ from checkpoints import llama_facts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agzo_edge.budget import working
 from agzo_edge.budget.held import layer_bytes
 from agzo_edge.budget.memory import MemoryPlan, predicted_memory
 from agzo_edge.budget.plan import fitted_run, memory_plan, require_fits
 from agzo_edge.budget.profile import load_profile
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import BudgetError, ConfigError, ModelError
-from agzo_edge.units import GIB, MIB
+from agzo_edge.units import GIB
 
 FACTS = llama_facts()
 WIDE = llama_facts(
@@ -195,11 +194,6 @@ def test_a_checkpoint_saved_in_4_bit_is_planned_so_whatever_the_flags_say() -> N
     packed = replace(FACTS, stored_as="4bit")
     dense = config_from({"load_in_4bit": False})
     assert component(memory_plan(packed, dense, CPU), "weights") < component(memory_plan(FACTS, dense, CPU), "weights")
-
-
-def test_the_plan_and_the_loss_agree_on_the_logits_chunk() -> None:
-    loss = pytest.importorskip("agzo_edge.numerics.loss")
-    assert working.LOGITS_CHUNK_BYTES == loss.LOGITS_CHUNK_BYTES == 64 * MIB
 
 
 def test_planning_imports_no_torch() -> None:

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from agzo_edge.errors import ConfigError
-from agzo_edge.model.device import PeakMeter, anonymous_bytes, chosen_device, chosen_dtype
-from agzo_edge.units import MIB
+from agzo_edge.model.device import chosen_device, chosen_dtype
 
 CPU = torch.device("cpu")
 
@@ -21,17 +20,3 @@ def test_names_mean_devices_and_dtypes() -> None:
 def test_cuda_on_a_machine_without_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="--device cpu"):
         chosen_device("cuda")
-
-
-def test_the_meter_sees_memory_come_and_keeps_the_peak() -> None:
-    meter = PeakMeter(CPU)
-    before = meter.read()
-    block = torch.ones(64 * MIB // 4)
-    with_block = meter.read()
-    assert with_block - before > 60 * MIB
-    del block
-    assert meter.read() < with_block - 60 * MIB
-    assert meter.peak_bytes == with_block
-    meter.restart()
-    assert meter.peak_bytes < with_block - 60 * MIB
-    assert anonymous_bytes() > MIB

@@ -1,5 +1,7 @@
 """The loss, against torch's and by hand."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from agzo_edge.numerics import loss
-from agzo_edge.numerics.loss import choice_losses, label_losses, option_table, row_sums, token_losses
+from agzo_edge.numerics.loss import choice_losses, label_losses, option_table, row_sums
 
 HIDDEN, VOCAB = 8, 37
+MIB = 1024**2
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The losses of logits that are there already."""
+    return label_losses(logits, labels, [(slice(0, logits.shape[-1]), lambda states: states)], chunk_bytes=MIB)
 
 
 def hidden_and_labels(streams: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,23 +50,37 @@ def test_huge_logits_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 11, 1000])
-def test_the_size_of_a_chunk_does_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_chunk_does_not_matter(chunk: int) -> None:
     hidden, labels, head = hidden_and_labels(2, 11)
-    monkeypatch.setattr(loss, "LOGITS_CHUNK_BYTES", chunk * 4 * VOCAB * 2)
     seen: list[int] = []
 
     def logits_of(states: Tensor) -> Tensor:
         seen.append(states.shape[1])
         return states @ head.T
 
-    got = label_losses(hidden, labels, logits_of, vocab_size=VOCAB)
+    got = label_losses(hidden, labels, [(slice(0, VOCAB), logits_of)], chunk_bytes=chunk * 4 * VOCAB * 2)
     assert max(seen) == min(chunk, 11)
     assert sum(seen) == 11
     assert_close(got, token_losses(hidden @ head.T, labels))
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    cuts=st.lists(st.integers(1, VOCAB - 1), unique=True, max_size=5),
+    positions=st.integers(1, 9),
+    size=st.sampled_from([1.0, 300.0]),
+)
+def test_a_vocabulary_in_parts_gives_the_losses_of_the_whole(cuts: list[int], positions: int, size: float) -> None:
+    hidden, labels, head = hidden_and_labels(2, positions)
+    edges = [0, *sorted(cuts), VOCAB]
+    words = [slice(*pair) for pair in pairwise(edges)]
+    parts = [(part, lambda states, part=part: size * states @ head[part].T) for part in words]
+    got = label_losses(hidden, labels, parts, chunk_bytes=3 * 4 * VOCAB * 2)
+    assert_close(got, token_losses(size * hidden @ head.T, labels))
+
+
 def test_a_vocabulary_larger_than_a_chunk_still_goes_one_token_at_a_time() -> None:
-    assert loss.chunk_tokens(10**9, 2) == 1
+    assert loss.chunk_tokens(10**9, 2, 64 * MIB) == 1
 
 
 @settings(max_examples=20, deadline=None)

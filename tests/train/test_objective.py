@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from agzo_edge.model.passes import Perturbation
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.numerics import loss
 from agzo_edge.numerics.noise import draw_noise
 from agzo_edge.train.data import Batch
 from agzo_edge.train.objective import loss_of
@@ -53,12 +52,12 @@ def test_a_choice_loss_is_the_cross_entropy_of_the_options_mean_log_likelihoods(
 
 
 @pytest.mark.parametrize("options", [1, 3])
-def test_the_size_of_a_logits_chunk_does_not_matter(options: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_logits_chunk_does_not_matter(options: int) -> None:
     model, batch = tiny_model(), tiny_batch(4, options=options)
     objective = "lm" if options == 1 else "choice"
     steps = perturbation(batch, 0.01, -0.01)
     whole = loss_of(model, batch, objective=objective, perturbation=steps)
-    monkeypatch.setattr(loss, "LOGITS_CHUNK_BYTES", 1)
+    model.logits_chunk_bytes = 1
     assert_close(loss_of(model, batch, objective=objective, perturbation=steps), whole, rtol=1e-5, atol=1e-5)
 
 

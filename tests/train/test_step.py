@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import (
     FAMILIES,
     dense_reference,
+    relative_error,
     run_config,
     teach_at_random,
     tiny_batch,
@@ -77,10 +78,6 @@ def true_derivatives(model: EdgeModel, batch: Batch, config: RunConfig, *, step:
             total += float((gradient * (branch.scale * noise @ branch.group.basis.T)).sum())
         derivatives.append(total)
     return torch.tensor(derivatives)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
 
 
 def prepared(family: str = "llama", **settings: Any) -> tuple[EdgeModel, Batch, RunConfig]:

@@ -1,0 +1,162 @@
+"""Memory as the machine sees it: what we use, the most that we used, what is free, and a hard limit on more."""
+
+import ctypes
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from agzo_edge.budget.detect import available_host_bytes
+from agzo_edge.errors import BudgetBrokenError
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # written there, VmHWM falls back to what is resident now: proc(5)
+_ALLOCATION_FAILED = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
+
+
+class PeakMeter:
+    """Bytes that this process takes of a device's budget, and the most it took since `restart`.
+
+    CUDA: torch's allocator and what lies outside it. CPU: anonymous memory, because weights may be mapped and
+    resident pages of a file are not ours; between two readings the kernel's own high-water mark tells the peak,
+    where it can be reset (Linux), else the readings are all there is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peak_bytes = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):
+                _CLEAR_REFS.write_text(_RESET_PEAK)
+        self.peak_bytes = used_bytes(self.device)
+
+    def read(self) -> int:
+        """Bytes in use now; the peak takes in all that were in use since the last reading."""
+        used = used_bytes(self.device)
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_reserved(self.device) + bytes_outside_torch(self.device)
+        else:
+            peak = _anonymous_peak()
+            with suppress(OSError):
+                _CLEAR_REFS.write_text(_RESET_PEAK)
+        self.peak_bytes = max(self.peak_bytes, used, peak)
+        return used
+
+
+def used_bytes(device: torch.device) -> int:
+    """Bytes of the device's memory that this process has."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device) + bytes_outside_torch(device)
+    return anonymous_bytes()
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process: RssAnon where the kernel tells it, else the resident set."""
+    told = _status()
+    return told["RssAnon"] if "RssAnon" in told else int(psutil.Process().memory_info().rss)
+
+
+def _anonymous_peak() -> int:
+    """The high-water mark of resident memory, less the files' part of it as it is now; 0 where none is told."""
+    told = _status()
+    return told.get("VmHWM", 0) - told.get("RssFile", 0) - told.get("RssShmem", 0)
+
+
+def _status() -> dict[str, int]:
+    """The amounts in /proc/self/status, in bytes by name; none on other systems."""
+    if not _STATUS.exists():
+        return {}
+    found = re.findall(r"^(\w+):\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    return {name: int(kib) * 1024 for name, kib in found}
+
+
+def bytes_outside_torch(device: torch.device) -> int:
+    """Bytes of a GPU that this process has beside torch's allocator: context, cuBLAS, bitsandbytes.
+
+    By NVML, which knows each process; where it does not (in some containers, on Windows) 0, and the plan's
+    estimate of the context is all that is known.
+    """
+    with suppress(ImportError):
+        nvml: Any = import_module("pynvml")
+        with suppress(nvml.NVMLError):
+            nvml.nvmlInit()
+            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            mine = [p for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+            if mine and mine[0].usedGpuMemory:
+                return max(0, int(mine[0].usedGpuMemory) - torch.cuda.memory_reserved(device))
+    return 0
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that nobody has."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_host_bytes()
+
+
+def give_back(device: torch.device) -> None:
+    """Let the allocator return to the system what it holds and does not use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # glibc's alone; others do it by themselves
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextmanager
+def capped(device: torch.device, limit_bytes: int) -> Iterator[None]:
+    """Inside, an allocation that would pass `limit_bytes` fails, and comes out as BudgetBrokenError.
+
+    CUDA: the cap of torch's allocator, at what the limit leaves beside everything outside it. It is never above
+    what the card has, so that a driver which spills into the host's memory (Windows, WSL) is not led to; that
+    could not be tried here. CPU: the kernel's limit on data growth (Linux; elsewhere only the measured peak tells).
+    """
+    with _allocator_cap(limit_bytes, device) if device.type == "cuda" else _data_cap(limit_bytes):
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if isinstance(error, MemoryError) or _ALLOCATION_FAILED.search(str(error)):
+                raise BudgetBrokenError(str(error).strip().split("\n")[0] or "out of memory") from error
+            raise
+
+
+@contextmanager
+def _allocator_cap(limit_bytes: int, device: torch.device) -> Iterator[None]:
+    _, total_bytes = torch.cuda.mem_get_info(device)
+    share = (limit_bytes - bytes_outside_torch(device)) / total_bytes
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@contextmanager
+def _data_cap(limit_bytes: int) -> Iterator[None]:
+    told = _status()
+    if sys.platform != "linux" or not {"VmData", "RssAnon"} <= told.keys():
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    room = max(0, limit_bytes - told["RssAnon"])
+    soft = told["VmData"] + room
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (soft if before[1] == resource.RLIM_INFINITY else min(soft, before[1]), before[1])
+    )
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)

@@ -1,0 +1,36 @@
+"""MLPs that work on a part of the tokens at a time: their wide activations are then that much smaller."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agzo_edge.model.passes import PassContext
+
+MLP_NAMES = ("mlp", "feed_forward", "ffn")  # of a block's part that knows no neighbouring tokens
+
+
+def let_mlps_work_in_pieces(network: nn.Module, context: PassContext) -> None:
+    """Let each block's MLP take `context.mlp_chunk_tokens` of a row's tokens at a time, where that is set.
+
+    An MLP is found by its name; OPT, whose block holds the two layers itself, has none, and works as before.
+    """
+    for name, module in network.named_modules():
+        if name.rpartition(".")[2] in MLP_NAMES:
+            module.forward = _in_pieces(module.forward, context)  # this module's alone
+
+
+def _in_pieces(forward: Callable[..., Any], context: PassContext) -> Callable[..., Any]:
+    def forward_in_pieces(x: Tensor, *args: Any, **kwargs: Any) -> Any:  # (rows, tokens, hidden)
+        size = context.mlp_chunk_tokens
+        if not size or x.ndim != 3 or x.shape[1] <= size:
+            return forward(x, *args, **kwargs)
+        pieces = []
+        for start in range(0, x.shape[1], size):
+            tokens = slice(start, start + size)
+            with context.seeing(tokens):
+                pieces.append(forward(x[:, tokens], *args, **kwargs))
+        return torch.cat(pieces, dim=1)
+
+    return forward_in_pieces

@@ -1,0 +1,53 @@
+"""Memory as the machine sees it: peaks, limits, and what happens at them."""
+
+import psutil
+import pytest
+import torch
+
+from agzo_edge.errors import BudgetBrokenError
+from agzo_edge.model.memory import PeakMeter, anonymous_bytes, capped, free_bytes, give_back
+from agzo_edge.units import GIB, MIB
+
+CPU = torch.device("cpu")
+
+
+def test_the_meter_sees_memory_come_and_keeps_the_peak() -> None:
+    meter = PeakMeter(CPU)
+    before = meter.read()
+    block = torch.ones(64 * MIB // 4)
+    with_block = meter.read()
+    assert with_block - before > 60 * MIB
+    del block
+    assert meter.read() < with_block - 60 * MIB
+    assert meter.peak_bytes == with_block
+    meter.restart()
+    assert meter.peak_bytes < with_block - 60 * MIB
+    assert anonymous_bytes() > MIB
+
+
+def test_the_meter_sees_a_peak_between_two_readings() -> None:
+    meter = PeakMeter(CPU)
+    before = meter.read()
+    block = torch.ones(100 * MIB // 4)
+    del block
+    assert meter.read() < before + 10 * MIB
+    assert meter.peak_bytes == pytest.approx(before + 100 * MIB, abs=4 * MIB)
+
+
+def test_under_a_cap_the_allocation_that_would_pass_it_fails_and_smaller_ones_do_not() -> None:
+    limit = anonymous_bytes() + 100 * MIB
+    with capped(CPU, limit):
+        torch.ones(60 * MIB // 4)
+        with pytest.raises(BudgetBrokenError, match="allocate"), capped(CPU, limit):
+            torch.ones(200 * MIB // 4)
+    assert torch.ones(200 * MIB // 4).sum() == 200 * MIB // 4
+
+
+def test_other_errors_pass_a_cap_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), capped(CPU, 64 * GIB):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_what_is_free_is_no_more_than_there_is() -> None:
+    give_back(CPU)
+    assert 0 < free_bytes(CPU) <= psutil.virtual_memory().total
