@@ -89,8 +89,7 @@ def fitted_run(
 
     Raises BudgetError, with the numbers of the run as asked for, when none does.
     """
-    rows: dict[str, Any] = {"rows_per_example": rows_per_example, "longest_tokens": longest_tokens}
-    predict = partial(_predicted, facts, profile, **rows)
+    predict = partial(_predicted, facts, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
     asked = predict(config)
     rungs: list[Rung] = []
     for rung in ladder(config, row_tokens=asked.row_tokens):
