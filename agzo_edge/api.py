@@ -113,6 +113,7 @@ def evaluate(
     """Loss and perplexity, or accuracy, of a model with its adapter on `data`."""
     from agzo_edge.train.evaluate import evaluate as evaluated
     from agzo_edge.train.examples import load_examples
+    from agzo_edge.train.goal import goal_of
 
     config = resolve({"model": _base_of(adapter) if model is None else model, "data": data, **settings})
     if config.data is None and config.eval_data is None:
@@ -125,7 +126,8 @@ def evaluate(
         split="validation" if config.eval_data else "test",
     )
     loaded.require_positions(examples.report.longest_tokens)
-    return evaluated(loaded, examples.examples, objective=config.objective, batch_size=config.batch_size)
+    objective, batch_size = config.objective, config.batch_size
+    return evaluated(loaded, examples.examples, objective=objective, batch_size=batch_size, goal=goal_of(config))
 
 
 def _base_of(adapter: str | Path | None) -> str | None:

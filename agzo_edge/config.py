@@ -139,6 +139,8 @@ class RunConfig(AgzoConfig, DataConfig):
             faults.append(f"warmup_steps is {self.warmup_steps}, and the run has only {self.max_steps} steps")
         if self.micro_batch_size and self.micro_batch_size > self.batch_size:
             faults.append(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
+        if self.target == "dequantized" and self.objective == "preference" and self.preference_loss == "dpo":
+            faults.append("target dequantized writes into the base, which dpo refers to: use preference_loss simpo")
         if faults:
             raise ValueError("; ".join(faults))
         return self

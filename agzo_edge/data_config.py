@@ -6,13 +6,15 @@ from pydantic import BaseModel, Field, model_validator
 
 from agzo_edge.templates import pattern_fault, template_fault
 
+Objective = Literal["lm", "choice", "preference"]
+
 
 class DataConfig(BaseModel):
     """Where rows come from, what they become, and what is learned from them. docs/guide/data.md."""
 
     data: str | None = Field(None, min_length=1, description="Training file, directory or hub id.")
     eval_data: str | None = Field(None, min_length=1, description="Held-out file, evaluated before, during and after.")
-    objective: Literal["lm", "choice"] = Field("lm", description="What is learned.")
+    objective: Objective = Field("lm", description="What is learned.")
     prompt_template: str | None = Field(
         None, min_length=1, description="A row's prompt, made from its fields: 'Review: {sentence} It was'."
     )
@@ -26,6 +28,12 @@ class DataConfig(BaseModel):
         None, min_length=2, description="What the answer field holds for each of the options, in their order."
     )
     answer_field: str | None = Field(None, min_length=1, description="The field that holds the answer, for choice.")
+    preference_loss: Literal["dpo", "simpo"] = Field(
+        "dpo", description="Loss of preferences: dpo refers to the frozen base, simpo to nothing."
+    )
+    beta: float | None = Field(
+        None, gt=0, description="How sharply preferences are told apart; by default 0.1 for dpo and 2 for simpo."
+    )
     line_pattern: str | None = Field(
         None, min_length=1, description="Regular expression whose named groups make a row of each line of a .txt file."
     )

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +217,12 @@ def kept_evaluations(directory: Path) -> dict[int, Metrics]:
 
 def _are_numbers(metrics: Metrics) -> bool:
     """Whether each field has the type it should have."""
-    optional = () if metrics.accuracy is None else (metrics.accuracy,)
-    return type(metrics.examples) is int and all(type(x) in (int, float) for x in (metrics.loss, *optional))
+    if type(metrics.examples) is not int or not isinstance(metrics.intervals, dict):
+        return False
+    told = [metrics.loss, *(x for x in (metrics.accuracy, metrics.macro_f1) if x is not None)]
+    spans = list(metrics.intervals.values())
+    pairs = all(isinstance(span, list) and len(span) == 2 for span in spans)
+    return pairs and all(type(x) in (int, float) for x in chain(told, *spans))
 
 
 def read_run(directory: Path) -> Journal:

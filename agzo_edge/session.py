@@ -58,8 +58,10 @@ from agzo_edge.serve.generate import TextModel
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.evaluate import evaluate
 from agzo_edge.train.examples import load_examples
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.loop import probed_mu, require_finite, run_steps
+from agzo_edge.train.objective import Goal
 from agzo_edge.units import format_bytes
 
 SAMPLE = Sampling(max_new_tokens=48)
@@ -96,7 +98,8 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     model.require_positions(max(part.report.longest_tokens for part in (data, held_out) if part))
     set_learned(model.branches, changes)
     samples = demo.PROMPTS if config.model == str(demo.MODEL_DIR) else ()
-    session = _Session(config, Account(config, planned, data, held_out, model.quantization), model, samples, out)
+    account = Account(config, planned, data, held_out, model.quantization)
+    session = _Session(config, account, model, goal_of(config), samples, out)
     events = session.resumed() if resume else session.begun()
     yield from with_tensorboard(events, out) if config.report_to == "tensorboard" else events
 
@@ -138,20 +141,21 @@ class _Session:
     config: RunConfig
     account: Account
     model: EdgeModel
+    goal: Goal
     samples: Sequence[str]
     out: Path
 
     def begun(self) -> Generator[Event]:
         """A run from its first step."""
         yield self._ready(0)
-        require_finite(self.model, self.account.data, config=self.config)
+        require_finite(self.model, self.account.data, config=self.config, goal=self.goal)
         answers = self._answers()
         yield from self._evaluated(0)
         mu = self.config.mu
         if self.config.difference == "exact":
             mu = 1.0  # the tangent itself is carried, there is no perturbation to size
         if mu == "auto":
-            probe = probed_mu(self.model, self.account.data, config=self.config)
+            probe = probed_mu(self.model, self.account.data, config=self.config, goal=self.goal)
             mu = probe.mu
             yield MuChosen(probe)
         header = header_of(self.config, self.model, self.account.data, mu=mu) | {"answers": answers}
@@ -192,7 +196,13 @@ class _Session:
             save_checkpoint(self.out, learner, header, step=0, card=self.account.card())
         try:
             for timed in run_steps(
-                self.model, learner, self.account.data, config=self.config, mu=mu, first_step=journal.next_step
+                self.model,
+                learner,
+                self.account.data,
+                config=self.config,
+                mu=mu,
+                goal=self.goal,
+                first_step=journal.next_step,
             ):
                 keep_step(self.out, journal, timed, learner)
                 self.account.take(timed)
@@ -254,6 +264,7 @@ class _Session:
             held_out.examples,
             objective=self.config.objective,
             batch_size=self._rows_at_once(),
+            goal=self.goal,
         )
         self.account.evaluations[step] = metrics
         if (self.out / JOURNAL_NAME).exists():  # before the first step nothing is written

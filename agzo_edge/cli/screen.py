@@ -74,9 +74,28 @@ def verdict(plan: "MemoryPlan") -> Text:
 
 def metrics_text(metrics: "Metrics") -> str:
     """The result of an evaluation on one line."""
-    accuracy = "" if metrics.accuracy is None else f", accuracy {metrics.accuracy:.1%}"
-    perplexity = f"perplexity {metrics.perplexity:,.4g}"
-    return f"loss {metrics.loss:.4f}{accuracy}, {perplexity}, {metrics.examples:,} examples"
+    parts = [f"loss {metrics.loss:.4f}"]
+    parts += [] if metrics.accuracy is None else [f"accuracy {metrics.accuracy:.1%}"]
+    parts += [] if metrics.macro_f1 is None else [f"macro-F1 {metrics.macro_f1:.3f}"]
+    parts += [f"perplexity {metrics.perplexity:,.4g}"] if metrics.accuracy is None else []
+    return ", ".join([*parts, f"{metrics.examples:,} examples"])
+
+
+def metrics_table(metrics: "Metrics") -> Table:
+    """Every metric of an evaluation with its interval."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("metric", "value", "95 % interval"):
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
+    told = {"loss": metrics.loss, "accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1}
+    for name, value in told.items():
+        if value is not None:
+            interval = metrics.intervals.get(name)
+            span = "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+            table.add_row(name.replace("_", "-"), f"{value:.4f}", span)
+    if metrics.accuracy is None:
+        table.add_row("perplexity", f"{metrics.perplexity:,.4g}", "")
+    table.add_row("examples", f"{metrics.examples:,}", "")
+    return table
 
 
 def samples_table(samples: Sequence[Mapping[str, str]]) -> Table:

@@ -9,7 +9,7 @@ from agzo_edge.cli.as_json import metrics_object
 from agzo_edge.cli.consoles import say, stdout_console, write_json
 from agzo_edge.cli.flags import Adapter, AsJson, MaxNewTokens, Prompt, Seed, Temperature, TopP
 from agzo_edge.cli.options import given, with_settings
-from agzo_edge.cli.screen import metrics_text, samples_table
+from agzo_edge.cli.screen import metrics_table, samples_table
 from agzo_edge.config import Sampling, sampling_from
 from agzo_edge.errors import ModelError, UsageError
 
@@ -77,7 +77,7 @@ def chat(
 
 @with_settings("Model", "Data", "Memory", without=("eval_data",))
 def evaluate(adapter: Adapter = None, as_json: AsJson = False, **settings: object) -> None:
-    """Score a model with its adapter on data: loss and perplexity, or accuracy."""
+    """Score a model with its adapter on data: loss and perplexity, or accuracy and F1, with intervals."""
     from agzo_edge import api
     from agzo_edge.cli.quiet import hide_loading_bars
 
@@ -86,4 +86,4 @@ def evaluate(adapter: Adapter = None, as_json: AsJson = False, **settings: objec
     if as_json:
         write_json(metrics_object(metrics))
     else:
-        say(metrics_text(metrics))
+        stdout_console().print(metrics_table(metrics))

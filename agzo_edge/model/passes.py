@@ -43,6 +43,7 @@ class PassContext:
     mask: Tensor | None = None  # (rows, tokens) bool: True where a token is no padding
     perturbation: Perturbation | None = None
     refresh: Refresh = Refresh.NONE
+    base_only: bool = False  # leave out all that was learned: the model as it was
     power_iterations: int = 3
     relative: bool = True
     mlp_chunk_tokens: int | None = None  # tokens of each row that an MLP works on at once; None: all
@@ -53,15 +54,21 @@ class PassContext:
 
     @contextmanager
     def running(
-        self, *, mask: Tensor, perturbation: Perturbation | None = None, refresh: Refresh = Refresh.NONE
+        self,
+        *,
+        mask: Tensor,
+        perturbation: Perturbation | None = None,
+        refresh: Refresh = Refresh.NONE,
+        base_only: bool = False,
     ) -> Iterator[None]:
-        """Layers see this pass inside the block, and a plain one after it, also after an error."""
-        self.mask, self.perturbation, self.refresh = mask, perturbation, refresh
+        """Layers see this pass inside the block, and the one before after it, also after an error."""
+        before = self.mask, self.perturbation, self.refresh, self.base_only
+        self.mask, self.perturbation, self.refresh, self.base_only = mask, perturbation, refresh, base_only
         self._refreshed.clear()
         try:
             yield
         finally:
-            self.mask, self.perturbation, self.refresh = None, None, Refresh.NONE
+            self.mask, self.perturbation, self.refresh, self.base_only = before
 
     @contextmanager
     def seeing(self, tokens: slice) -> Iterator[None]:

@@ -7,6 +7,7 @@ The whole (tokens, vocabulary) matrix of logits never exists: at a vocabulary of
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Head = Callable[[Tensor], Tensor]  # (..., hidden_size) -> (..., words) logits of some part of the vocabulary
@@ -88,3 +89,13 @@ def choice_losses(
     """The cross-entropy between each example's options: −log softmax over them at the right one."""
     right = answer.expand(table.shape[0], -1).unsqueeze(-1)
     return table.logsumexp(dim=-1) - table.gather(-1, right).squeeze(-1)
+
+
+def preference_losses(
+    margins: Tensor,  # (...): by how much the better of two answers is likelier
+    *,
+    beta: float,
+    gamma: float,
+) -> Tensor:  # (...)
+    """−log σ(β margin − γ) of each pair. Sources: DPO, arXiv 2305.18290, eq. 7; SimPO, arXiv 2405.14734, eq. 6."""
+    return F.softplus(gamma - beta * margins)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from agzo_edge.data_config import Objective
 from agzo_edge.numerics.noise import raw_words
-from agzo_edge.train.formats import Objective
 from agzo_edge.train.tokens import TokenRow
 
 _ORDER_LAYER = 2**62  # a layer no model has: the order shares no random word with any layer's noise

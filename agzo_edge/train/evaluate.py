@@ -1,15 +1,24 @@
 """How good the model is on held-out examples, with everything it has learned and no perturbation."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
+from agzo_edge.data_config import Objective
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.numerics.loss import option_table
+from agzo_edge.numerics.scores import (
+    Interval,
+    confusion,
+    macro_f1,
+    macro_f1_interval,
+    mean_interval,
+    share_interval,
+)
 from agzo_edge.train.data import Batch, Example, collate, pad_id_of
-from agzo_edge.train.objective import Objective, example_losses, label_scores
+from agzo_edge.train.objective import GOALS, Goal, Outcome
 
 
 @dataclass(frozen=True)
@@ -17,8 +26,10 @@ class Metrics:
     """The result of one evaluation."""
 
     examples: int
-    loss: float  # lm: mean per label token, in nats; choice: mean cross-entropy between the options
-    accuracy: float | None = None  # choice: share of examples whose right option scores best
+    loss: float  # lm: mean per label token, in nats; else the mean over examples
+    accuracy: float | None = None  # share of examples whose right option, or better answer, is preferred
+    macro_f1: float | None = None  # choice: over the places in the list of options
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # of 95 %, by the names above
 
     @property
     def perplexity(self) -> float:
@@ -27,24 +38,52 @@ class Metrics:
 
 
 @torch.no_grad()
-def evaluate(model: EdgeModel, examples: Sequence[Example], *, objective: Objective, batch_size: int) -> Metrics:
-    """The mean loss (and accuracy) over `examples`, in batches of like length.
+def evaluate(
+    model: EdgeModel,
+    examples: Sequence[Example],
+    *,
+    objective: Objective,
+    batch_size: int,
+    goal: Goal | None = None,  # the objective with its settings; may be left out where it has none
+) -> Metrics:
+    """The mean loss over `examples` and what else the objective tells, in batches of like length.
 
-    lm: weighted by label tokens, as perplexity is; choice: every example counts the same.
+    lm: weighted by label tokens, as perplexity is; otherwise every example counts the same.
     """
-    loss, weight, right = 0.0, 0.0, 0
+    outcomes: list[Outcome] = []
+    weights: list[torch.Tensor] = []
+    answers: list[torch.Tensor] = []
     for batch in _batches(examples, model, objective=objective, batch_size=batch_size):
         on_device = batch.to(model.device)
         with model.context.running(mask=on_device.attention_mask.bool()):
-            scores = label_scores(model, on_device)
-        share = batch.weights * (int(batch.is_label.sum()) if objective == "lm" else len(batch.places))
-        loss += float(share @ example_losses(scores, on_device, objective=objective)[0].cpu())
-        weight += float(share.sum())
-        if objective == "choice":
-            table = option_table(-scores, on_device.example, len(batch.places))[0]
-            right += int((table.argmax(-1) == on_device.answer).sum())
-    accuracy = right / len(examples) if objective == "choice" else None
-    return Metrics(len(examples), loss / weight, accuracy)
+            outcomes.append((goal or GOALS[objective]).outcome(model, on_device))
+        share = int(batch.is_label.sum()) if objective == "lm" else len(batch.places)
+        weights.append(batch.weights.double() * share)
+        answers.append(batch.answer)
+    losses = torch.cat([outcome.losses.cpu().double() for outcome in outcomes]).numpy()
+    predicted = [outcome.predicted.cpu() for outcome in outcomes if outcome.predicted is not None]
+    metrics = _mean_loss(losses, torch.cat(weights).numpy())
+    if not predicted:
+        return metrics
+    told = _with_accuracy(metrics, torch.cat(predicted), torch.cat(answers))
+    return _with_macro_f1(told, torch.cat(predicted), torch.cat(answers)) if objective == "choice" else told
+
+
+def _mean_loss(losses: np.ndarray, weights: np.ndarray) -> Metrics:
+    loss = float(weights @ losses / weights.sum())
+    return Metrics(len(losses), loss, intervals={"loss": mean_interval(losses, weights)})
+
+
+def _with_accuracy(metrics: Metrics, predicted: torch.Tensor, right: torch.Tensor) -> Metrics:
+    n_right = int((predicted == right).sum())
+    interval = share_interval(n_right, metrics.examples)
+    return replace(metrics, accuracy=n_right / metrics.examples, intervals={**metrics.intervals, "accuracy": interval})
+
+
+def _with_macro_f1(metrics: Metrics, predicted: torch.Tensor, right: torch.Tensor) -> Metrics:
+    table = confusion(right.numpy(), predicted.numpy())
+    intervals = {**metrics.intervals, "macro_f1": macro_f1_interval(table)}
+    return replace(metrics, macro_f1=float(macro_f1(table)), intervals=intervals)
 
 
 def _batches(

@@ -5,6 +5,7 @@
     prompt-completion   two strings, or two lists of messages, of which the second is learned
     alpaca              instruction, output and, where it says something, input
     text                a string, all of it learned
+    preference          prompt, chosen and rejected: strings or messages; two whole conversations need no prompt
     choice              prompt, options (two strings or more) and answer: its index, or the option itself
 
 The first format in this list whose fields a row has is the row's; other fields are ignored.
@@ -14,11 +15,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from agzo_edge.data_config import Objective
 from agzo_edge.train.rows import RawRow, type_name
-from agzo_edge.train.turns import as_messages, conversation_faults, string_faults, tools_faults, turns_faults
+from agzo_edge.train.turns import (
+    as_messages,
+    conversation_faults,
+    string_faults,
+    tools_faults,
+    turns_faults,
+    with_prompt,
+)
 
-Format = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text", "choice"]
-Objective = Literal["lm", "choice"]
+Format = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text", "choice", "preference"]
 
 _FIELDS: Mapping[Objective, Mapping[Format, tuple[str, ...]]] = {
     "lm": {
@@ -29,6 +37,7 @@ _FIELDS: Mapping[Objective, Mapping[Format, tuple[str, ...]]] = {
         "text": ("text",),
     },
     "choice": {"choice": ("prompt", "options", "answer")},
+    "preference": {"preference": ("chosen", "rejected")},
 }
 
 
@@ -63,11 +72,13 @@ def format_of(fields: Mapping[str, Any], objective: Objective) -> Format | None:
     return None
 
 
-def _normal(fields: Mapping[str, Any], row_format: Format) -> Mapping[str, Any]:
+def _normal(fields: Mapping[str, Any], row_format: Format) -> dict[str, Any]:
     """The fields as the rest of the program reads them."""
     if row_format == "sharegpt":
         return {**fields, "messages": as_messages(fields["conversations"])}
-    return fields
+    if row_format == "preference" and "prompt" not in fields:
+        return {**fields, **with_prompt(fields["chosen"], fields["rejected"])}
+    return dict(fields)
 
 
 def _no_format(fields: Mapping[str, Any], objective: Objective) -> str:
@@ -88,6 +99,8 @@ def row_faults(row: SoundRow) -> list[str]:
     if row.format == "choice":
         faults = string_faults("prompt", fields["prompt"])
         return faults + _choice_faults(fields["options"], fields["answer"])
+    if row.format == "preference":
+        return _preference_faults(fields)
     if row.format == "prompt-completion" and isinstance(fields["prompt"], list):
         return _exchange_faults(fields["prompt"], fields["completion"]) + tools_faults(fields)
     faults = [fault for name in _FIELDS["lm"][row.format] for fault in string_faults(name, fields[name])]
@@ -96,11 +109,23 @@ def row_faults(row: SoundRow) -> list[str]:
     return faults
 
 
-def _exchange_faults(prompt: object, completion: object) -> list[str]:
+def _exchange_faults(prompt: object, completion: object, *, name: str = "completion") -> list[str]:
     """What is wrong with a prompt and a completion that are both messages."""
-    faults = conversation_faults(prompt, name="prompt") + turns_faults(completion, name="completion")
+    faults = conversation_faults(prompt, name="prompt") + turns_faults(completion, name=name)
     if not faults and isinstance(completion, list) and completion[0]["role"] != "assistant":
-        faults.append(f"completion begins with a {completion[0]['role']} message; it must be the assistant's")
+        faults.append(f"{name} begins with a {completion[0]['role']} message; it must be the assistant's")
+    return faults
+
+
+def _preference_faults(fields: Mapping[str, Any]) -> list[str]:
+    names = ("chosen", "rejected")
+    if isinstance(fields["prompt"], list):
+        faults = [f for name in names for f in _exchange_faults(fields["prompt"], fields[name], name=name)]
+        faults = list(dict.fromkeys(faults)) + tools_faults(fields)  # what is wrong with the prompt, once
+    else:
+        faults = [fault for name in ("prompt", *names) for fault in string_faults(name, fields[name])]
+    if fields["chosen"] == fields["rejected"]:
+        faults.append("chosen and rejected are the same")
     return faults
 
 

@@ -10,7 +10,7 @@ from agzo_edge.model.memory import PeakMeter
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.train.data import Batch, ExampleSet, examples_of_step, micro_batches, pad_id_of
 from agzo_edge.train.learner import Learner
-from agzo_edge.train.objective import loss_of
+from agzo_edge.train.objective import Goal, loss_of
 from agzo_edge.train.probe import MuProbe, probe_mu
 from agzo_edge.train.step import StepRecord, agzo_step, find_bases, measure
 
@@ -26,7 +26,14 @@ class TimedStep:
 
 
 def run_steps(
-    model: EdgeModel, learner: Learner, data: ExampleSet, *, config: RunConfig, mu: float, first_step: int = 0
+    model: EdgeModel,
+    learner: Learner,
+    data: ExampleSet,
+    *,
+    config: RunConfig,
+    mu: float,
+    goal: Goal | None = None,  # the objective with its settings; may be left out where it has none
+    first_step: int = 0,
 ) -> Iterator[TimedStep]:
     """Train, one step for each record that is asked for; stop asking, and training stops.
 
@@ -36,7 +43,7 @@ def run_steps(
     for step in range(first_step, config.max_steps):
         start_s = time.perf_counter()
         batches = batches_of_step(model, data, step=step, config=config)
-        record = agzo_step(model, batches, learner, step=step, mu=mu, config=config)
+        record = agzo_step(model, batches, learner, step=step, mu=mu, config=config, goal=goal)
         meter.read()
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
         yield TimedStep(record, time.perf_counter() - start_s, tokens, meter.peak_bytes)
@@ -55,7 +62,7 @@ def batches_of_step(model: EdgeModel, data: ExampleSet, *, step: int, config: Ru
     )
 
 
-def require_finite(model: EdgeModel, data: ExampleSet, *, config: RunConfig) -> None:
+def require_finite(model: EdgeModel, data: ExampleSet, *, config: RunConfig, goal: Goal | None = None) -> None:
     """Raise when the model itself, before any perturbation, has no finite loss on the first batch.
 
     ModelError when no row has one (broken weights), NonFiniteLossError naming the rows otherwise.
@@ -63,7 +70,7 @@ def require_finite(model: EdgeModel, data: ExampleSet, *, config: RunConfig) -> 
     bad: list[str] = []
     places: list[str] = []
     for batch in batches_of_step(model, data, step=0, config=config):
-        finite = loss_of(model, batch.to(model.device), objective=config.objective)[0].isfinite().tolist()
+        finite = loss_of(model, batch.to(model.device), objective=goal or config.objective)[0].isfinite().tolist()
         places += batch.places
         bad += [place for place, ok in zip(batch.places, finite, strict=True) if not ok]
     if bad and len(bad) == len(places):
@@ -75,7 +82,7 @@ def require_finite(model: EdgeModel, data: ExampleSet, *, config: RunConfig) -> 
         )
 
 
-def probed_mu(model: EdgeModel, data: ExampleSet, *, config: RunConfig) -> MuProbe:
+def probed_mu(model: EdgeModel, data: ExampleSet, *, config: RunConfig, goal: Goal | None = None) -> MuProbe:
     """The perturbation size for this model, dtype and card, from probes of the first batch.
 
     The model is left as it was: a run that does not probe, because it is resumed, takes the same steps.
@@ -83,7 +90,7 @@ def probed_mu(model: EdgeModel, data: ExampleSet, *, config: RunConfig) -> MuPro
     batches = batches_of_step(model, data, step=0, config=config)
     before = [(group, group.basis) for group in model.groups]
     find_bases(model, batches, config)
-    probe = probe_mu(lambda mu: measure(model, batches, step=0, mu=mu, config=config)[0].projected)
+    probe = probe_mu(lambda mu: measure(model, batches, step=0, mu=mu, config=config, goal=goal)[0].projected)
     for group, basis in before:
         group.basis = basis
     return probe

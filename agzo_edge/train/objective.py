@@ -1,18 +1,74 @@
 """From a batch to the loss of each example: the one place where training runs the model."""
 
-from typing import Literal
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from agzo_edge.data_config import Objective
 from agzo_edge.model.device import exact_attention
 from agzo_edge.model.passes import Perturbation, Refresh
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.loss import choice_losses, label_losses, option_table, row_sums
 from agzo_edge.train.data import Batch
 
-Objective = Literal["lm", "choice"]
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation learns of a batch, without perturbation."""
+
+    losses: Tensor  # (examples,) float32
+    predicted: Tensor | None = None  # (examples,) int64: the row that the model prefers, where there are several
+
+
+class Goal(ABC):
+    """What is learned."""
+
+    @abstractmethod
+    def losses(self, model: EdgeModel, batch: Batch) -> Tensor:
+        """The loss of each example in each stream of the pass under way: (streams, examples) float32."""
+
+    @abstractmethod
+    def outcome(self, model: EdgeModel, batch: Batch) -> Outcome:
+        """What an evaluation asks for, in a plain pass."""
+
+    def at(self, _step: int, /) -> "Goal":
+        """The goal of a step: one that draws random numbers draws that step's."""
+        return self
+
+
+class LmGoal(Goal):
+    """The mean negative log-likelihood of the label tokens; an example is its row."""
+
+    def losses(self, model: EdgeModel, batch: Batch) -> Tensor:
+        """(streams, examples) float32."""
+        return label_scores(model, batch)
+
+    def outcome(self, model: EdgeModel, batch: Batch) -> Outcome:
+        """The losses alone: nothing is chosen."""
+        return Outcome(label_scores(model, batch)[0])
+
+
+class ChoiceGoal(Goal):
+    """The cross-entropy between the options' mean log-likelihoods per token."""
+
+    def losses(self, model: EdgeModel, batch: Batch) -> Tensor:
+        """(streams, examples) float32."""
+        return choice_losses(self._table(model, batch), batch.answer)
+
+    def outcome(self, model: EdgeModel, batch: Batch) -> Outcome:
+        """The losses, and the option that scores best."""
+        table = self._table(model, batch)
+        return Outcome(choice_losses(table, batch.answer)[0], table[0].argmax(-1))
+
+    @staticmethod
+    def _table(model: EdgeModel, batch: Batch) -> Tensor:  # (streams, examples, options)
+        return option_table(-label_scores(model, batch), batch.example, batch.answer.shape[0])
+
+
+GOALS: dict[Objective, Goal] = {"lm": LmGoal(), "choice": ChoiceGoal()}  # those without settings
 
 
 @torch.no_grad()
@@ -20,7 +76,7 @@ def loss_of(
     model: EdgeModel,
     batch: Batch,
     *,
-    objective: Objective,
+    objective: Objective | Goal,
     perturbation: Perturbation | None = None,
     refresh: Refresh = Refresh.NONE,
 ) -> Tensor:  # (streams, examples) float32
@@ -29,36 +85,38 @@ def loss_of(
     All streams go through the model as one batch of streams * rows rows: every weight is read and
     dequantized once, and both signs meet the same kernels.
     """
+    goal = GOALS[objective] if isinstance(objective, str) else objective
     exact = perturbation is not None and perturbation.exact
     with (
         model.context.running(mask=batch.attention_mask.bool(), perturbation=perturbation, refresh=refresh),
         exact_attention(exact),
         forward_ad.dual_level(),
     ):
-        losses = example_losses(label_scores(model, batch), batch, objective=objective)
+        losses = goal.losses(model, batch)
         if not exact:
             return losses
         primal, tangent = forward_ad.unpack_dual(losses)
         return torch.cat([primal, torch.zeros_like(primal) if tangent is None else tangent])
 
 
+@torch.no_grad()
+def run_layers(model: EdgeModel, batch: Batch, *, refresh: Refresh) -> None:
+    """Let the layers see a batch, for the bases that they find in it; nothing is scored."""
+    with model.context.running(mask=batch.attention_mask.bool(), refresh=refresh):
+        model.hidden_states(batch.input_ids, batch.attention_mask)
+
+
 def label_scores(model: EdgeModel, batch: Batch) -> Tensor:  # (streams, rows) float32
     """The mean negative log-likelihood of each row's label tokens."""
+    return label_sums(model, batch) / batch.is_label.sum(1)
+
+
+def label_sums(model: EdgeModel, batch: Batch) -> Tensor:  # (streams, rows) float32
+    """The negative log-likelihood of each row's label tokens together."""
     streams = model.context.n_streams
     hidden = model.hidden_states(batch.input_ids.repeat(streams, 1), batch.attention_mask.repeat(streams, 1))
     row, token = batch.is_label[:, 1:].nonzero(as_tuple=True)  # the state at t predicts the token at t + 1
     hidden = hidden.unflatten(0, (streams, -1))[:, row, token]
     labels = batch.input_ids[row, token + 1]
     losses = label_losses(hidden, labels, model.head_parts(), chunk_bytes=model.logits_chunk_bytes)
-    n_rows = batch.input_ids.shape[0]
-    return row_sums(losses, row, n_rows) / torch.bincount(row, minlength=n_rows)
-
-
-def example_losses(scores: Tensor, batch: Batch, *, objective: Objective) -> Tensor:
-    """From rows' scores (streams, rows) to examples' losses (streams, examples).
-
-    lm: an example is its row. choice: the cross-entropy between the options' mean log-likelihoods per token.
-    """
-    if objective == "lm":
-        return scores
-    return choice_losses(option_table(-scores, batch.example, batch.answer.shape[0]), batch.answer)
+    return row_sums(losses, row, batch.input_ids.shape[0])

@@ -15,7 +15,7 @@ from agzo_edge.numerics.estimate import all_finite, projected_gradients
 from agzo_edge.numerics.noise import draw_noise
 from agzo_edge.train.data import Batch
 from agzo_edge.train.learner import Learner, Measurement
-from agzo_edge.train.objective import loss_of
+from agzo_edge.train.objective import GOALS, Goal, loss_of, run_layers
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,14 @@ class StepRecord:
 
 
 def agzo_step(
-    model: EdgeModel, batches: Sequence[Batch], learner: Learner, *, step: int, mu: float, config: RunConfig
+    model: EdgeModel,
+    batches: Sequence[Batch],
+    learner: Learner,
+    *,
+    step: int,
+    mu: float,
+    config: RunConfig,
+    goal: Goal | None = None,  # the objective with its settings; may be left out where it has none
 ) -> StepRecord:
     """Learn from one batch, given as micro-batches, with forward passes only.
 
@@ -49,7 +56,7 @@ def agzo_step(
             if not is_one_pass(batches, config):  # the whole batch must shape the basis, not its first part
                 find_bases(model, batches, config)
                 refresh = Refresh.NONE
-        measured, loss = measure(model, batches, step=step, mu=mu, config=config, refresh=refresh)
+        measured, loss = measure(model, batches, step=step, mu=mu, config=config, goal=goal, refresh=refresh)
 
     if left_out is not None:
         learner.open_window()
@@ -79,18 +86,20 @@ def measure(
     step: int,
     mu: float,
     config: RunConfig,
+    goal: Goal | None = None,
     refresh: Refresh = Refresh.NONE,
 ) -> tuple[Measurement, float]:
     """The projected gradients of a step's noise and the batch's loss, by forward passes; nothing is learned.
 
     Raises NonFiniteLossError, naming the rows.
     """
-    losses = [_losses(model, batch, step=step, mu=mu, config=config, refresh=refresh) for batch in batches]
+    goal = (goal or GOALS[config.objective]).at(step)
+    losses = [_losses(model, batch, goal, step=step, mu=mu, config=config, refresh=refresh) for batch in batches]
     return _measured(torch.cat(losses, dim=1).cpu(), batches, mu=mu, config=config)
 
 
 def _losses(
-    model: EdgeModel, batch: Batch, *, step: int, mu: float, config: RunConfig, refresh: Refresh
+    model: EdgeModel, batch: Batch, goal: Goal, *, step: int, mu: float, config: RunConfig, refresh: Refresh
 ) -> Tensor:  # (2, examples) float32
     """The losses of one micro-batch under noise, both signs in one pass or in two; or value and derivative."""
     on_device = batch.to(model.device)
@@ -110,7 +119,7 @@ def _losses(
     )
     passes = [perturbation] if config.fuse_signs else [replace(perturbation, steps=(each,)) for each in steps]
     losses = torch.cat(
-        [loss_of(model, on_device, objective=config.objective, perturbation=each, refresh=refresh) for each in passes]
+        [loss_of(model, on_device, objective=goal, perturbation=each, refresh=refresh) for each in passes]
     )
     if not all_finite(losses):
         bad = [place for place, ok in zip(batch.places, losses.isfinite().all(0).tolist(), strict=True) if not ok]
@@ -161,6 +170,6 @@ def find_bases(model: EdgeModel, batches: Sequence[Batch], config: RunConfig) ->
     rounds = [Refresh.ACCUMULATE] * config.power_iterations + [Refresh.MEASURE] * config.relative
     for refresh in rounds:
         for batch in batches:
-            loss_of(model, batch.to(model.device), objective=config.objective, refresh=refresh)
+            run_layers(model, batch.to(model.device), refresh=refresh)
         model.context.finish_iteration(model.groups)
         model.context.finish_scales(model.branches)

@@ -7,6 +7,7 @@ and the labels begin where the two part. Conversations are in conversation.py.
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from agzo_edge.errors import DataError
@@ -23,10 +24,12 @@ def token_rows(
     *,
     mask_prompt: bool,  # False learns prompts too; options are scored without theirs in any case
     train_on: Literal["all", "last"] = "all",  # assistant turns of a conversation
-) -> tuple[TokenRow, ...]:  # one, or one for each option
+) -> tuple[TokenRow, ...]:  # one, or one for each option or answer
     """A row as tokens. Raises DataError, without a place, when the template refuses the row."""
     if row_format == "choice":
         return _option_rows(fields["prompt"], fields["options"], tokenizer)
+    if row_format == "preference":
+        return _pair_rows(fields, tokenizer)
     if row_format in ("messages", "sharegpt"):
         row = conversation_row(fields["messages"], tokenizer, tools=tools_of(fields))
         row = last_labels(row) if train_on == "last" else row
@@ -39,6 +42,19 @@ def token_rows(
     else:
         row = _completed_row(fields["prompt"], fields["completion"], tokenizer)
     return (row if mask_prompt else labelled_from(0, row.input_ids),)
+
+
+def _pair_rows(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[TokenRow, ...]:
+    """The prompt with the better answer, and with the worse one; the answers are labels, from one boundary."""
+    prompt, answers = fields["prompt"], (fields["chosen"], fields["rejected"])
+    if isinstance(prompt, list):
+        rows = [exchange_row(prompt, answer, tokenizer, tools=tools_of(fields)) for answer in answers]
+    else:
+        rows = [_completed_row(prompt, answer, tokenizer) for answer in answers]
+    if np.array_equal(rows[0].input_ids, rows[1].input_ids):
+        raise DataError("chosen and rejected are the same tokens: no model can tell them apart")
+    start = min(int(row.is_label.argmax()) for row in rows)
+    return tuple(labelled_from(start, row.input_ids) for row in rows)
 
 
 def needs_chat_template(fields: Mapping[str, Any], row_format: Format) -> bool:

@@ -55,6 +55,18 @@ def _as_message(turn: object) -> object:
     return {"role": _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": turn.get("value")}
 
 
+def with_prompt(chosen: object, rejected: object) -> dict[str, object]:
+    """Two whole conversations as the prompt that they begin with alike, and the two ways it was answered.
+
+    What is no conversation comes out without a prompt, and the check says what is wrong.
+    """
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        return {"prompt": None, "chosen": chosen, "rejected": rejected}
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    parted = next((i for i, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    return {"prompt": chosen[:parted], "chosen": chosen[parted:], "rejected": rejected[parted:]}
+
+
 def conversation_faults(messages: object, *, name: str = "messages") -> list[str]:
     """What is wrong with a whole conversation."""
     faults = turns_faults(messages, name=name)

@@ -22,7 +22,8 @@ def test_an_lm_loss_is_the_mean_over_all_label_tokens() -> None:
     metrics = evaluate(model, examples, objective="lm", batch_size=3)
     assert metrics.loss == pytest.approx(total / tokens, rel=1e-5)
     assert metrics.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-4)
-    assert (metrics.examples, metrics.accuracy) == (7, None)
+    assert (metrics.examples, metrics.accuracy, metrics.macro_f1) == (7, None, None)
+    assert metrics.intervals["loss"][0] < metrics.loss < metrics.intervals["loss"][1]
 
 
 def test_a_choice_counts_every_example_the_same_and_tells_the_accuracy() -> None:
@@ -38,6 +39,8 @@ def test_a_choice_counts_every_example_the_same_and_tells_the_accuracy() -> None
     metrics = evaluate(model, examples, objective="choice", batch_size=3)
     assert metrics.loss == pytest.approx(sum(losses) / 8, rel=1e-4)
     assert metrics.accuracy == right / 8
+    assert metrics.intervals["accuracy"][0] < right / 8 < metrics.intervals["accuracy"][1]
+    assert metrics.macro_f1 is not None
 
 
 @pytest.mark.parametrize("options", [1, 3])

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from agzo_edge.train.formats import Objective, SoundRow, answer_index, checked_row, format_of
+from agzo_edge.data_config import Objective
+from agzo_edge.train.formats import SoundRow, answer_index, checked_row, format_of
 from agzo_edge.train.rows import RawRow
 
 TURN = {"role": "user", "content": "Hi"}
