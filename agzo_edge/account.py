@@ -8,6 +8,7 @@ from agzo_edge import __version__
 from agzo_edge.config import RunConfig
 from agzo_edge.events import Planned
 from agzo_edge.record.card import model_card
+from agzo_edge.train.best import best_step
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.evaluate import Metrics
 from agzo_edge.train.loop import TimedStep
@@ -100,6 +101,7 @@ class Account:
             "limit_bytes": self.planned.plan.limit_bytes,
             "data": asdict(self.data.report),
             "held_out_data": asdict(self.held_out.report) if self.held_out else None,
+            "best_step": best_step(self.evaluations, self.config.metric_for_best_model),
             "evaluations": {str(step): asdict(metrics) for step, metrics in sorted(self.evaluations.items())},
             "samples": list(samples),
         }

@@ -118,6 +118,7 @@ class RunConfig(AgzoConfig, DataConfig):
         description="Names or suffixes of the layers to train; all linear layers but the head by default.",
     )
     batch_size: int = Field(16, ge=1, description="Examples in a step.")
+    group_by_length: bool = Field(True, description="Put examples of like length in a step: little padding.")
     micro_batch_size: int | None = Field(None, ge=1, description="Examples in one forward pass; all by default.")
     fuse_signs: bool = Field(True, description="Both signs in one pass; else one after the other, in less memory.")
     mlp_chunk_tokens: int | None = Field(
@@ -128,7 +129,6 @@ class RunConfig(AgzoConfig, DataConfig):
         "none",
         description="What waits outside the device until it is used: embeddings and head, or also all layers.",
     )
-    eval_steps: int = Field(100, ge=0, description="Evaluate every so many steps; 0 only before and after.")
     save_steps: int = Field(100, ge=0, description="Write the adapter every so many steps; 0 only at the end.")
     report_to: Literal["none", "tensorboard"] = Field("none", description="Where else to send the metrics.")
 

@@ -1,5 +1,6 @@
 """The settings that say what is learned from which data; a part of `config.RunConfig`."""
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -7,6 +8,11 @@ from pydantic import BaseModel, Field, model_validator
 from agzo_edge.templates import pattern_fault, template_fault
 
 Objective = Literal["lm", "choice", "preference"]
+METRICS: Mapping[Objective, tuple[str, ...]] = {  # what an evaluation tells
+    "lm": ("loss",),
+    "choice": ("loss", "accuracy", "macro_f1"),
+    "preference": ("loss", "accuracy"),
+}
 
 
 class DataConfig(BaseModel):
@@ -44,6 +50,14 @@ class DataConfig(BaseModel):
         "error", description="What to do with rows over the longest length."
     )
 
+    eval_steps: int = Field(100, ge=0, description="Evaluate every so many steps; 0 only before and after.")
+    metric_for_best_model: Literal["loss", "accuracy", "macro_f1"] = Field(
+        "loss", description="Metric by which the adapter in best/ is chosen, and stopping early decided."
+    )
+    early_stopping_patience: int = Field(
+        0, ge=0, description="Stop after so many evaluations without a better one; 0 never stops."
+    )
+
     @model_validator(mode="after")
     def _rows_can_be_made(self) -> Self:
         templates = {"prompt_template": self.prompt_template, "completion_template": self.completion_template}
@@ -56,6 +70,13 @@ class DataConfig(BaseModel):
             faults.append(f"{len(self.labels)} labels for {len(self.options)} options: give one for each")
         if self.line_pattern and (fault := pattern_fault(self.line_pattern)):
             faults.append(f"line_pattern {self.line_pattern!r}: {fault}")
+        if self.metric_for_best_model not in METRICS[self.objective]:
+            known = ", ".join(METRICS[self.objective])
+            faults.append(
+                f"metric_for_best_model {self.metric_for_best_model} is not told by {self.objective}: {known}"
+            )
+        if self.early_stopping_patience and not (self.eval_data and self.eval_steps):
+            faults.append("early_stopping_patience needs eval_data and eval_steps: nothing else tells when to stop")
         if faults:
             raise ValueError("; ".join(faults))
         return self

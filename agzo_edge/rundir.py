@@ -2,6 +2,7 @@
 
 journal.jsonl                  what every step did
 bases/step-N.safetensors       what the window of step N fixed
+best/                          the adapter that did best on the held-out examples
 checkpoint-N/                  the adapter after N steps, and the learner's state
 adapter_model.safetensors ...  the result
 evaluations.json               what the held-out examples said, and when
@@ -37,12 +38,14 @@ from agzo_edge.train.loop import TimedStep
 JOURNAL_NAME = "journal.jsonl"
 REPORT_NAME = "report.json"
 EVALUATIONS_NAME = "evaluations.json"
+BEST_NAME = "best"
 STATE_NAME = "learner_state.safetensors"
 
 # Where these differ, a resumed run would not be the run that was begun.
 _FREE_TO_CHANGE = {
     "output_dir", "profile", "device", "vram_limit", "ram_limit", "on_overflow", "eval_data", "eval_steps",
-    "save_steps", "report_to", "micro_batch_size", "max_steps", "model", "data",
+    "save_steps", "report_to", "micro_batch_size", "max_steps", "model", "data", "metric_for_best_model",
+    "early_stopping_patience",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ adapter to start from, the run to resume. After that, a step is on the disk befo
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,9 +19,9 @@ from agzo_edge.budget.facts import ModelFacts, model_facts
 from agzo_edge.budget.plan import fitted_run
 from agzo_edge.config import RunConfig, Sampling
 from agzo_edge.errors import BudgetBrokenError, ConfigError
+from agzo_edge.evaluations import Evaluations
 from agzo_edge.events import (
     DataReady,
-    Evaluated,
     Event,
     Finished,
     ModelReady,
@@ -38,6 +39,7 @@ from agzo_edge.rebuild import bring_up_to
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.record.lock import RunLock
 from agzo_edge.rundir import (
+    BEST_NAME,
     JOURNAL_NAME,
     discard_halves,
     header_of,
@@ -56,7 +58,6 @@ from agzo_edge.scalars import with_tensorboard
 from agzo_edge.serve.dequantized import save_dense_model
 from agzo_edge.serve.generate import TextModel
 from agzo_edge.train.data import ExampleSet
-from agzo_edge.train.evaluate import evaluate
 from agzo_edge.train.examples import load_examples
 from agzo_edge.train.goal import goal_of
 from agzo_edge.train.learner import Learner
@@ -98,8 +99,9 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     model.require_positions(max(part.report.longest_tokens for part in (data, held_out) if part))
     set_learned(model.branches, changes)
     samples = demo.PROMPTS if config.model == str(demo.MODEL_DIR) else ()
-    account = Account(config, planned, data, held_out, model.quantization)
-    session = _Session(config, account, model, goal_of(config), samples, out)
+    account, goal = Account(config, planned, data, held_out, model.quantization), goal_of(config)
+    evaluations = Evaluations(config, model, goal, held_out, account.evaluations, out)
+    session = _Session(config, account, evaluations, model, goal, samples, out)
     events = session.resumed() if resume else session.begun()
     yield from with_tensorboard(events, out) if config.report_to == "tensorboard" else events
 
@@ -140,6 +142,7 @@ class _Session:
 
     config: RunConfig
     account: Account
+    evaluations: Evaluations
     model: EdgeModel
     goal: Goal
     samples: Sequence[str]
@@ -150,7 +153,7 @@ class _Session:
         yield self._ready(0)
         require_finite(self.model, self.account.data, config=self.config, goal=self.goal)
         answers = self._answers()
-        yield from self._evaluated(0)
+        yield from self.evaluations.made(0)
         mu = self.config.mu
         if self.config.difference == "exact":
             mu = 1.0  # the tangent itself is carried, there is no perturbation to size
@@ -175,14 +178,13 @@ class _Session:
             now = header_of(self.config, self.model, self.account.data, mu=header["mu"])
             require_same_run(header, now, directory=self.out)
             discard_halves(self.out)
-            self.account.evaluations = kept_evaluations(self.out)
+            self.account.evaluations.update(kept_evaluations(self.out))
             self.account.take_records(begun.records)
             learner = Learner(self.model.branches, self.config)
             first_step = bring_up_to(learner, self.out, begun)
             yield self._ready(first_step)
-            is_due = first_step == 0 or _is_due(first_step, self.config.eval_steps)
-            if is_due and first_step not in self.account.evaluations:  # the stop came before it
-                yield from self._evaluated(first_step)
+            if self.evaluations.is_due(first_step):  # unless the stop came after it
+                yield from self.evaluations.made(first_step, partial(self._save_best, learner, header))
             with JournalWriter.resume(self.out / JOURNAL_NAME) as journal:
                 yield from self._trained(learner, journal, header, mu=header["mu"])
             yield from self._finished(learner, header, header["answers"])
@@ -192,8 +194,11 @@ class _Session:
     ) -> Generator[Event]:
         """The steps from the journal's end on; a stop asked for in between leaves a checkpoint."""
         done = journal.next_step
+        save_best = partial(self._save_best, learner, header)
         if done == 0 and self.config.adapter:  # a replay must know what the run began with
             save_checkpoint(self.out, learner, header, step=0, card=self.account.card())
+        if self.evaluations.say_stop():
+            return
         try:
             for timed in run_steps(
                 self.model,
@@ -209,8 +214,10 @@ class _Session:
                 done = timed.record.step + 1
                 yield Stepped(timed)
                 self._require_within_limit(timed.peak_bytes)
-                if _is_due(done, self.config.eval_steps):
-                    yield from self._evaluated(done)
+                if self.evaluations.is_due(done):
+                    yield from self.evaluations.made(done, save_best)
+                if self.evaluations.say_stop():
+                    return
                 if _is_due(done, self.config.save_steps) and done < self.config.max_steps:
                     yield Saved(done, save_checkpoint(self.out, learner, header, step=done, card=self.account.card()))
         except (GeneratorExit, BudgetBrokenError):
@@ -219,9 +226,8 @@ class _Session:
 
     def _finished(self, learner: Learner, header: Mapping[str, Any], answers: list[str]) -> Generator[Event]:
         """The result on the disk, the last evaluation, and the report."""
-        last = self.config.max_steps
-        if last not in self.account.evaluations:
-            yield from self._evaluated(last)
+        last = self.account.steps  # fewer than max_steps where the run has stopped early
+        yield from self.evaluations.made(last, partial(self._save_best, learner, header))
         files = tokenizer_files(self.model.tokenizer)
         save_result(self.out, learner, header, card=self.account.card(), extra_files=files)
         if self.config.target == "dequantized":
@@ -255,25 +261,8 @@ class _Session:
             first_step=first_step,
         )
 
-    def _evaluated(self, step: int) -> Generator[Event]:
-        held_out = self.account.held_out
-        if held_out is None:
-            return
-        metrics = evaluate(
-            self.model,
-            held_out.examples,
-            objective=self.config.objective,
-            batch_size=self._rows_at_once(),
-            goal=self.goal,
-        )
-        self.account.evaluations[step] = metrics
-        if (self.out / JOURNAL_NAME).exists():  # before the first step nothing is written
-            keep_evaluations(self.out, self.account.evaluations)
-        yield Evaluated(step, metrics)
-
-    def _rows_at_once(self) -> int:
-        """Examples in an evaluation's pass: the plan allows two streams of a micro-batch."""
-        return 2 * (self.config.micro_batch_size or self.config.batch_size)
+    def _save_best(self, learner: Learner, header: Mapping[str, Any]) -> None:
+        save_result(self.out / BEST_NAME, learner, header, card=self.account.card())
 
     def _answers(self) -> list[str]:
         writer = TextModel(self.model)

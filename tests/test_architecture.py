@@ -16,7 +16,7 @@ LAYERS = [
     {"train"},
     {"serve", "demo"},
     {"events", "rundir"},
-    {"scalars", "account", "rebuild"},
+    {"scalars", "account", "evaluations", "rebuild"},
     {"session"},
     {"api"},
     {"cli"},

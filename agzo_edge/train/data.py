@@ -1,8 +1,8 @@
-"""Examples, batches of them as tensors, and which examples each step sees: the seed alone decides."""
+"""Examples, and batches of them as tensors."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,11 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from agzo_edge.data_config import Objective
-from agzo_edge.numerics.noise import raw_words
 from agzo_edge.train.tokens import TokenRow
-
-_ORDER_LAYER = 2**62  # a layer no model has: the order shares no random word with any layer's noise
-
 
 Sample = tuple[tuple[str, bool], ...]  # stretches of text, and whether each is learned
 
@@ -58,15 +54,10 @@ class ExampleSet:
     sha256: str  # of token ids, labels and answers: equal where the same is learned in the same order
     sample: Sample = ()  # the first example, for a person to check
 
-
-def padding_share(lengths: Sequence[int] | NDArray[np.int64], batches: Iterable[Sequence[int]]) -> float:
-    """The share of padding in batches, given as lists of examples; `lengths` are the tokens of each's longest row."""
-    tokens = padded = 0
-    for batch in batches:
-        of_batch = np.asarray([lengths[index] for index in batch])
-        tokens += int(of_batch.sum())
-        padded += int(of_batch.max()) * len(of_batch)
-    return 1 - tokens / padded if padded else 0.0
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """(examples,): the tokens of each one's longest row."""
+        return np.array([max(len(row.input_ids) for row in example.rows) for example in self.examples])
 
 
 @dataclass(frozen=True)
@@ -158,20 +149,3 @@ def _batch(
         first_example=first_example,
         places=tuple(example.place for example in examples),
     )
-
-
-def examples_of_step(n_examples: int, *, step: int, batch_size: int, seed: int) -> list[int]:
-    """The indices of the examples of a step, steps counted from 0.
-
-    The epochs follow each other without a gap: each is all examples once, in a fresh order, and a
-    step's batch may reach over its end, or over several when it is larger than the data.
-    """
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_epoch_order(n_examples, p // n_examples, seed)[p % n_examples]) for p in positions]
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(n_examples: int, epoch: int, seed: int) -> NDArray[np.int64]:  # (examples,)
-    """A permutation: the ranks of raw random words, which outlive numpy's versions as its shuffles do not."""
-    words = raw_words(n_examples, seed=seed, step=epoch, layer=_ORDER_LAYER, first_example=0, n_examples=1)
-    return np.argsort(words[0], kind="stable")

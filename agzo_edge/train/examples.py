@@ -1,7 +1,7 @@
 """The examples of a source: its rows as tokens, with an account of what became of each."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import DataError, numbered
 from agzo_edge.train.conversation import require_chat_template
-from agzo_edge.train.data import DataReport, Example, ExampleSet, Sample, examples_of_step, padding_share
+from agzo_edge.train.data import DataReport, Example, ExampleSet, Sample
 from agzo_edge.train.formats import SoundRow, answer_index, checked_row
 from agzo_edge.train.length import fitted_rows, longest_tokens
 from agzo_edge.train.mapping import mapped_row
+from agzo_edge.train.order import chosen_examples, padding_share
 from agzo_edge.train.plain import text_rows
 from agzo_edge.train.rows import BrokenRow, RawRow
 from agzo_edge.train.source import Split, read_rows
@@ -160,15 +161,13 @@ def sample_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> Sample:
 
 def _padding(examples: Sequence[Example], config: RunConfig, *, split: Split) -> float:
     """The share of padding in the run's steps; of examples that are only scored, in batches of like length."""
-    lengths = [longest_tokens(example.rows) for example in examples]
-    batches: Iterator[Sequence[int]] = (
-        examples_of_step(len(examples), step=step, batch_size=config.batch_size, seed=config.seed)
-        for step in range(config.max_steps)
-    )
-    if split != "train":
-        by_length = np.argsort(lengths, kind="stable").tolist()
-        batches = (by_length[i : i + config.batch_size] for i in range(0, len(lengths), config.batch_size))
-    return padding_share(lengths, batches)
+    lengths = np.array([longest_tokens(example.rows) for example in examples])
+    if split == "train":
+        steps = (chosen_examples(lengths, step=step, config=config) for step in range(config.max_steps))
+        return padding_share(lengths, steps)
+    by_length = np.argsort(lengths, kind="stable").tolist()
+    size = config.batch_size
+    return padding_share(lengths, (by_length[first : first + size] for first in range(0, len(by_length), size)))
 
 
 def _sha256(examples: Sequence[Example]) -> str:

@@ -8,9 +8,10 @@ from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, NonFiniteLossError
 from agzo_edge.model.memory import PeakMeter
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.train.data import Batch, ExampleSet, examples_of_step, micro_batches, pad_id_of
+from agzo_edge.train.data import Batch, ExampleSet, micro_batches, pad_id_of
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.objective import Goal, loss_of
+from agzo_edge.train.order import chosen_examples
 from agzo_edge.train.probe import MuProbe, probe_mu
 from agzo_edge.train.step import StepRecord, agzo_step, find_bases, measure
 
@@ -51,7 +52,7 @@ def run_steps(
 
 def batches_of_step(model: EdgeModel, data: ExampleSet, *, step: int, config: RunConfig) -> list[Batch]:
     """The micro-batches of a step: a function of the data, the seed and the step's number."""
-    chosen = examples_of_step(len(data.examples), step=step, batch_size=config.batch_size, seed=config.seed)
+    chosen = chosen_examples(data.lengths, step=step, config=config)
     return list(
         micro_batches(
             [data.examples[index] for index in chosen],

@@ -5,7 +5,7 @@ from character_tokens import character_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agzo_edge.train.data import Example, collate, examples_of_step, micro_batches, pad_id_of
+from agzo_edge.train.data import Example, collate, micro_batches, pad_id_of
 from agzo_edge.train.tokens import TokenRow
 
 PAD = 9
@@ -73,37 +73,6 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 6
     assert {value.device.type for value in tensors} == {"meta"}
-
-
-@given(
-    n_examples=st.integers(1, 30),
-    batch_size=st.integers(1, 50),
-    n_steps=st.integers(1, 12),
-    seed=st.integers(0, 2**63 - 1),
-)
-def test_every_epoch_holds_each_example_once_without_gaps(n_examples, batch_size, n_steps, seed) -> None:
-    order = [
-        index
-        for step in range(n_steps)
-        for index in examples_of_step(n_examples, step=step, batch_size=batch_size, seed=seed)
-    ]
-    assert len(order) == n_steps * batch_size
-    for first in range(0, len(order) - n_examples + 1, n_examples):
-        assert sorted(order[first : first + n_examples]) == list(range(n_examples))
-
-
-def test_the_order_is_the_seeds_and_the_epochs_alone() -> None:
-    def epoch(step: int, seed: int) -> list[int]:
-        return examples_of_step(50, step=step, batch_size=50, seed=seed)
-
-    assert epoch(0, 1) == epoch(0, 1)
-    assert len({tuple(epoch(step, seed)) for step in range(3) for seed in range(3)}) == 9
-    first, second = (examples_of_step(50, step=step, batch_size=25, seed=1) for step in (2, 3))
-    assert first + second == epoch(1, 1)  # whatever the batch size, and whatever was asked before
-    assert examples_of_step(8, step=0, batch_size=8, seed=0) == ORDER_OF_SEED_0
-
-
-ORDER_OF_SEED_0 = [2, 4, 6, 0, 3, 5, 1, 7]  # a journal's replay depends on it: it must never change
 
 
 def test_the_pad_id_is_the_tokenizers_own_or_its_eos() -> None:

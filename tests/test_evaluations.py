@@ -1,0 +1,91 @@
+"""Evaluations during a run: the best adapter is kept, and a run without progress ends."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from agzo_edge import demo
+from agzo_edge.config import RunConfig, config_from
+from agzo_edge.errors import ConfigError
+from agzo_edge.events import Evaluated, Event, Finished, Stepped
+from agzo_edge.session import training
+from agzo_edge.train.best import best_step, out_of_patience
+from agzo_edge.train.evaluate import Metrics
+
+
+def losses(*values: float) -> dict[int, Metrics]:
+    return {10 * i: Metrics(8, value) for i, value in enumerate(values)}
+
+
+def test_the_best_evaluation_is_the_first_of_the_least_losses_of_a_trained_model() -> None:
+    assert best_step(losses(1.0, 3.0, 2.0, 2.0, 4.0), "loss") == 20
+    assert best_step(losses(1.0), "loss") is None
+    accurate = {step: Metrics(8, 1.0, accuracy=share) for step, share in ((0, 0.9), (5, 0.5), (10, 0.7))}
+    assert best_step(accurate, "accuracy") == 10
+
+
+def test_patience_ends_when_so_many_evaluations_were_no_better_than_one_before() -> None:
+    falling, flat = losses(4.0, 3.0, 2.0), losses(4.0, 3.0, 3.0, 3.5)
+    assert not any(out_of_patience(falling, "loss", patience=patience) for patience in (0, 1, 2, 9))
+    assert out_of_patience(flat, "loss", patience=2)
+    assert not out_of_patience(flat, "loss", patience=3)
+    assert not out_of_patience(flat, "loss", patience=0)
+
+
+def config_of(out: Path, **settings: object) -> RunConfig:
+    small = {"max_steps": 12, "refresh_every": 4, "batch_size": 4, "eval_steps": 2, "save_steps": 0, "mu": 0.01}
+    return config_from(demo.demo_settings(), small, {"output_dir": str(out), "lr_schedule": "constant"}, settings)
+
+
+def steps_of(events: list[Event]) -> int:
+    return sum(isinstance(event, Stepped) for event in events)
+
+
+def test_the_best_adapter_is_the_one_of_its_step(tmp_path: Path) -> None:
+    list(training(config_of(tmp_path / "run", learning_rate=3.0)))  # far too large: the loss goes up and down
+    best = json.loads((tmp_path / "run" / "report.json").read_text())["best_step"]
+    assert best < 12
+    list(training(config_of(tmp_path / "short", learning_rate=3.0, max_steps=best, save_steps=0)))
+    kept, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run/best", "short"))
+    assert kept.keys() == expected.keys()
+    assert all(kept[name].equal(expected[name]) for name in kept)
+
+
+def test_a_run_without_progress_stops_and_stays_stopped_when_it_is_resumed(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", learning_rate=30.0, early_stopping_patience=2)
+    events = list(training(config))
+    done = steps_of(events)
+    assert done < 12
+    assert max(event.step for event in events if isinstance(event, Evaluated)) == done
+    again = list(training(config, resume=True))
+    assert steps_of(again) == 0
+    assert isinstance(again[-1], Finished)
+    more = list(training(config.model_copy(update={"early_stopping_patience": 0}), resume=True))
+    assert steps_of(more) == 12 - done
+
+
+def test_a_stopped_run_ends_early_where_the_whole_one_does(tmp_path: Path) -> None:
+    whole = config_of(tmp_path / "whole", learning_rate=30.0, early_stopping_patience=2)
+    list(training(whole))
+    config = whole.model_copy(update={"output_dir": str(tmp_path / "cut")})
+    events = training(config)
+    next(event for event in events if isinstance(event, Stepped) and event.timed.record.step == 2)
+    events.close()
+    list(training(config, resume=True))
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"metric_for_best_model": "accuracy"}, "accuracy is not told by lm"),
+        ({"early_stopping_patience": 2, "eval_data": None}, "needs eval_data"),
+        ({"early_stopping_patience": 2, "eval_steps": 0, "eval_data": "x"}, "eval_steps"),
+    ],
+)
+def test_what_no_evaluation_tells_is_refused(settings: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        config_from({"model": "m", "data": "d"}, settings)
