@@ -11,6 +11,7 @@ from agzo_edge.rundir import JOURNAL_NAME, keep_evaluations
 from agzo_edge.train.best import best_step, out_of_patience
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.evaluate import Metrics, evaluate
+from agzo_edge.train.guard import Guard
 from agzo_edge.train.objective import Goal
 
 
@@ -18,7 +19,7 @@ from agzo_edge.train.objective import Goal
 class Evaluations:
     """What held-out examples say of a model while it learns; nothing where there are none."""
 
-    config: RunConfig
+    guard: Guard
     model: EdgeModel
     goal: Goal
     held_out: ExampleSet | None
@@ -27,7 +28,7 @@ class Evaluations:
 
     def is_due(self, step: int) -> bool:
         """Whether one is made after `step` steps."""
-        every = self.config.eval_steps
+        every = self.guard.config.eval_steps
         return step == 0 or (every > 0 and step % every == 0)
 
     def made(self, step: int, save_best: Callable[[], object] | None = None) -> Iterator[Evaluated]:
@@ -35,10 +36,13 @@ class Evaluations:
         if self.held_out is None or step in self.found:
             return
         examples = self.held_out.examples
-        objective, batch_size = self.config.objective, self._examples_at_once()
-        metrics = evaluate(self.model, examples, objective=objective, batch_size=batch_size, goal=self.goal)
+        metrics = self.guard.run(
+            lambda config: evaluate(
+                self.model, examples, objective=config.objective, batch_size=_examples_at_once(config), goal=self.goal
+            )
+        )
         self.found[step] = metrics
-        if save_best and best_step(self.found, self.config.metric_for_best_model) == step:
+        if save_best and best_step(self.found, self.guard.config.metric_for_best_model) == step:
             save_best()  # first: an evaluation that is on the disk is not made again
         if (self.out / JOURNAL_NAME).exists():  # before the first step nothing is written
             keep_evaluations(self.out, self.found)
@@ -46,9 +50,10 @@ class Evaluations:
 
     def say_stop(self) -> bool:
         """Whether there was no better one for as long as the run has patience."""
-        patience = self.config.early_stopping_patience
-        return out_of_patience(self.found, self.config.metric_for_best_model, patience=patience)
+        patience = self.guard.config.early_stopping_patience
+        return out_of_patience(self.found, self.guard.config.metric_for_best_model, patience=patience)
 
-    def _examples_at_once(self) -> int:
-        """Examples in a pass: the plan allows two streams of a micro-batch."""
-        return 2 * (self.config.micro_batch_size or self.config.batch_size)
+
+def _examples_at_once(config: RunConfig) -> int:
+    """Examples in a pass: as many as a step's pass has, with both signs where they are fused."""
+    return (2 if config.fuse_signs else 1) * (config.micro_batch_size or config.batch_size)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from agzo_edge.budget.memory import MemoryPlan
+from agzo_edge.budget.plan import Rung
 from agzo_edge.config import RunConfig
 from agzo_edge.train.data import DataReport, Sample
 from agzo_edge.train.evaluate import Metrics
@@ -20,6 +21,7 @@ class Planned:
     plan: MemoryPlan
     machine: str
     changes: tuple[str, ...]  # what was changed so that it fits
+    rungs: tuple[Rung, ...]  # the ways to take a step in ever less memory, this one first
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class MuChosen:
     """The perturbation size was found by probing the first batch."""
 
     probe: MuProbe
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The run works in smaller pieces from here on, or in larger ones again, because memory got scarce or came back."""
+
+    step: int  # steps done before it
+    what: str  # and why
 
 
 @dataclass(frozen=True)
@@ -90,4 +100,4 @@ class Run:
     report: dict[str, Any]  # as in report.json
 
 
-Event = Planned | DataReady | ModelReady | MuChosen | Evaluated | Stepped | Saved | Finished
+Event = Planned | DataReady | ModelReady | MuChosen | Moved | Evaluated | Stepped | Saved | Finished

@@ -44,8 +44,8 @@ STATE_NAME = "learner_state.safetensors"
 # Where these differ, a resumed run would not be the run that was begun.
 _FREE_TO_CHANGE = {
     "output_dir", "profile", "device", "vram_limit", "ram_limit", "on_overflow", "eval_data", "eval_steps",
-    "save_steps", "report_to", "micro_batch_size", "max_steps", "model", "data", "metric_for_best_model",
-    "early_stopping_patience",
+    "save_steps", "report_to", "max_steps", "model", "data", "metric_for_best_model", "early_stopping_patience",
+    "micro_batch_size", "fuse_signs", "mlp_chunk_tokens", "logits_chunk", "offload",
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from agzo_edge.events import (
     Event,
     Finished,
     ModelReady,
+    Moved,
     MuChosen,
     Planned,
     Run,
@@ -60,10 +61,10 @@ from agzo_edge.serve.generate import TextModel
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.examples import load_examples
 from agzo_edge.train.goal import goal_of
+from agzo_edge.train.guard import Guard
 from agzo_edge.train.learner import Learner
-from agzo_edge.train.loop import probed_mu, require_finite, run_steps
+from agzo_edge.train.loop import probed_mu, rehearse, require_finite, run_steps
 from agzo_edge.train.objective import Goal
-from agzo_edge.units import format_bytes
 
 SAMPLE = Sampling(max_new_tokens=48)
 MERGED_NAME = "merged"  # with target = dequantized: the whole model as it is now
@@ -100,8 +101,9 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     set_learned(model.branches, changes)
     samples = demo.PROMPTS if config.model == str(demo.MODEL_DIR) else ()
     account, goal = Account(config, planned, data, held_out, model.quantization), goal_of(config)
-    evaluations = Evaluations(config, model, goal, held_out, account.evaluations, out)
-    session = _Session(config, account, evaluations, model, goal, samples, out)
+    guard = Guard(model, planned.rungs)
+    evaluations = Evaluations(guard, model, goal, held_out, account.evaluations, out)
+    session = _Session(config, account, evaluations, model, goal, samples, out, guard)
     events = session.resumed() if resume else session.begun()
     yield from with_tensorboard(events, out) if config.report_to == "tensorboard" else events
 
@@ -124,7 +126,7 @@ def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]
         rows_per_example=max(len(example.rows) for part in data for example in part.examples),
         longest_tokens=max(part.report.longest_tokens for part in data),
     )
-    return Planned(fitted.config, fitted.plan, machine.name, fitted.notes)
+    return Planned(fitted.config, fitted.plan, machine.name, fitted.notes, fitted.rungs)
 
 
 def _data(config: RunConfig) -> tuple[ExampleSet, ExampleSet | None]:
@@ -147,18 +149,20 @@ class _Session:
     goal: Goal
     samples: Sequence[str]
     out: Path
+    guard: Guard
 
     def begun(self) -> Generator[Event]:
         """A run from its first step."""
         yield self._ready(0)
-        require_finite(self.model, self.account.data, config=self.config, goal=self.goal)
+        yield from self._rehearsed()
+        self.guard.run(partial(require_finite, self.model, self.account.data, goal=self.goal))
         answers = self._answers()
         yield from self.evaluations.made(0)
         mu = self.config.mu
         if self.config.difference == "exact":
             mu = 1.0  # the tangent itself is carried, there is no perturbation to size
         if mu == "auto":
-            probe = probed_mu(self.model, self.account.data, config=self.config, goal=self.goal)
+            probe = self.guard.run(partial(probed_mu, self.model, self.account.data, goal=self.goal))
             mu = probe.mu
             yield MuChosen(probe)
         header = header_of(self.config, self.model, self.account.data, mu=mu) | {"answers": answers}
@@ -180,6 +184,7 @@ class _Session:
             discard_halves(self.out)
             self.account.evaluations.update(kept_evaluations(self.out))
             self.account.take_records(begun.records)
+            yield from self._rehearsed()
             learner = Learner(self.model.branches, self.config)
             first_step = bring_up_to(learner, self.out, begun)
             yield self._ready(first_step)
@@ -204,16 +209,16 @@ class _Session:
                 self.model,
                 learner,
                 self.account.data,
-                config=self.config,
+                guard=self.guard,
                 mu=mu,
                 goal=self.goal,
                 first_step=journal.next_step,
             ):
                 keep_step(self.out, journal, timed, learner)
                 self.account.take(timed)
+                yield from (Moved(done, what) for what in timed.moves)
                 done = timed.record.step + 1
                 yield Stepped(timed)
-                self._require_within_limit(timed.peak_bytes)
                 if self.evaluations.is_due(done):
                     yield from self.evaluations.made(done, save_best)
                 if self.evaluations.say_stop():
@@ -241,15 +246,10 @@ class _Session:
         write_report(self.out, report)
         yield Finished(Run(self.out, self.account.before, self.account.after, report))
 
-    def _require_within_limit(self, peak_bytes: int) -> None:
-        """Raise BudgetBrokenError when the step passed the limit: the plan was wrong, the promise is kept."""
-        plan = self.account.planned.plan
-        if peak_bytes > plan.limit_bytes:
-            raise BudgetBrokenError(
-                f"the run has used {format_bytes(peak_bytes)} and may use {format_bytes(plan.limit_bytes)} (planned: "
-                f"{format_bytes(plan.device_bytes)}). It is saved: go on with --resume-from-checkpoint and a smaller "
-                f"--micro-batch-size, or a higher limit"
-            )
+    def _rehearsed(self) -> Generator[Event]:
+        """The worst batch first: what it moves to a lower rung is told."""
+        rehearse(self.model, self.account.data, guard=self.guard, goal=self.goal)
+        yield from (Moved(0, what) for what in self.guard.take_moves())
 
     def _ready(self, first_step: int) -> ModelReady:
         return ModelReady(

@@ -21,11 +21,15 @@ import transformers
 from environment import environment, leave_result, parser_of
 from step_cost import saved_model
 
+from agzo_edge.budget.detect import machine_profile
+from agzo_edge.budget.facts import model_facts
+from agzo_edge.budget.plan import fitted_run
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.model.load import load_model
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.rundir import JOURNAL_NAME, header_of, keep_step
 from agzo_edge.train.data import DataReport, Example, ExampleSet
+from agzo_edge.train.guard import Guard
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.loop import run_steps
 from agzo_edge.train.tokens import TokenRow
@@ -60,10 +64,11 @@ def measured_steps(source: str, data: ExampleSet, config: RunConfig, run_dir: Pa
     """Each counted step's seconds, and those of keeping it."""
     model = load_model(source, config)
     learner = Learner(model.branches, config)
+    guard = Guard(model, fitted_run(model_facts(source), config, machine_profile("auto")).rungs)
     kept = []
     with JournalWriter.create(run_dir / JOURNAL_NAME, header_of(config, model, data, mu=MU)) as journal:
         before_s = time.process_time()
-        for timed in run_steps(model, learner, data, config=config, mu=MU):
+        for timed in run_steps(model, learner, data, guard=guard, mu=MU):
             cpu_s, start_s = time.process_time() - before_s, time.perf_counter()
             keep_step(run_dir, journal, timed, learner)
             record_s = time.perf_counter() - start_s

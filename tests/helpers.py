@@ -14,6 +14,9 @@ import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from agzo_edge.budget.job import Component
+from agzo_edge.budget.memory import MemoryPlan
+from agzo_edge.budget.plan import Rung
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.model.branch import Branch
 from agzo_edge.model.linear import FrozenLinear
@@ -21,6 +24,7 @@ from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.train.data import Batch, Example, collate, micro_batches
+from agzo_edge.train.guard import Guard
 from agzo_edge.train.tokens import TokenRow
 
 transformers.utils.logging.disable_progress_bar()
@@ -190,3 +194,18 @@ def model_logits(model: EdgeModel, batch: Batch) -> Tensor:
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """The distance from what was expected, by its size."""
     return float((got - expected).norm() / expected.norm())
+
+
+def unlimited(model: EdgeModel, config: RunConfig) -> Guard:
+    """A guard with nothing to guard against."""
+    part = Component("all", 1, "device", "")
+    plan = MemoryPlan(
+        profile_name="tests",
+        dtype="float32",
+        rows=1,
+        row_tokens=1,
+        components=(part,),
+        limit_bytes=2**60,
+        host_limit_bytes=None,
+    )
+    return Guard(model, [Rung(config, plan)])

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import relative_error
 from safetensors.torch import load_file
 
 import agzo_edge
 from agzo_edge import demo
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import AdapterError, BudgetBrokenError, BudgetError, ConfigError
-from agzo_edge.events import Evaluated, Event, Finished, Planned, Saved, Stepped
+from agzo_edge.events import Evaluated, Event, Finished, Moved, Planned, Saved, Stepped
 from agzo_edge.session import training
 
 STEPS = 9  # three windows of four, the last one open
@@ -271,15 +272,36 @@ def test_tensorboard_gets_the_runs_numbers(tmp_path: Path) -> None:
 
 
 def test_a_limit_that_is_passed_ends_the_run_and_it_can_be_resumed(tmp_path: Path) -> None:
-    session = training(config_of(tmp_path / "run", ram_limit="16GiB"))
-    for event in session:
-        if isinstance(event, Planned):
-            object.__setattr__(event.plan, "limit_bytes", 1)  # a plan that was wrong: its limit is passed at once
-        if isinstance(event, Stepped):
-            break
+    events = training(config_of(tmp_path / "run", ram_limit="16GiB", on_overflow="fail"))
+    next(event for event in events if isinstance(event, Stepped))
+    assert events.gi_frame is not None
+    events.gi_frame.f_locals["session"].guard.limit_bytes = 1  # as if all of it were passed by the step that was taken
     with pytest.raises(BudgetBrokenError, match="resume-from-checkpoint"):
-        next(session)
+        next(events)
     assert len(trained(tmp_path / "run", resume=True)) > 0
+
+
+def test_a_run_steps_down_when_memory_gets_scarce_and_learns_the_same(tmp_path: Path, whole_run: Path) -> None:
+    events = training(config_of(tmp_path / "run"))
+    next(event for event in events if isinstance(event, Stepped))
+    assert events.gi_frame is not None
+    guard = events.gi_frame.f_locals["session"].guard
+    guard._spare_bytes = 2**60  # as if others had taken everything
+    moved = [event for event in events if isinstance(event, Moved)]
+    assert [event.step for event in moved] == [1]
+    assert "micro-batches of 1" in moved[0].what
+    ours, whole = (load_file(run / "adapter_model.safetensors") for run in (tmp_path / "run", whole_run))
+    for name, tensor in whole.items():
+        assert relative_error(ours[name], tensor) < 0.05
+
+
+def test_rows_that_fit_on_no_rung_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    events = training(config_of(tmp_path / "run"))
+    planned = next(event for event in events if isinstance(event, Planned))
+    object.__setattr__(planned.rungs[0].plan, "limit_bytes", 1)  # a plan that was wrong
+    with pytest.raises(BudgetError, match="the longest rows do not fit"):
+        list(events)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_dequantized_run_can_be_made_longer(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ def event_object(event: "Event") -> dict[str, Any]:
             return {"event": "model"} | asdict(event)
         case events.MuChosen(probe=probe):
             return {"event": "mu"} | asdict(probe)
+        case events.Moved():
+            return {"event": "moved"} | asdict(event)
         case events.Evaluated(step=step, metrics=metrics):
             return {"event": "evaluated", "step": step} | metrics_object(metrics)
         case events.Stepped(timed=timed):

@@ -71,8 +71,8 @@ def _shortened(text: str) -> str:
 
 
 def event_lines(event: "Event") -> list[Text]:
-    """What is said once about an event before training starts; nothing for the others."""
-    from agzo_edge.events import DataReady, ModelReady, MuChosen, Planned
+    """What is said of an event by itself; nothing for those that a table or a curve shows."""
+    from agzo_edge.events import DataReady, ModelReady, Moved, MuChosen, Planned
 
     match event:
         case Planned(plan=plan, machine=machine, changes=changes):
@@ -86,6 +86,8 @@ def event_lines(event: "Event") -> list[Text]:
             return [fact("model", line), *resumed]
         case MuChosen(probe=probe):
             return [fact("mu", f"{probe.mu:g}, chosen by probing (noise floor {probe.noise_floor:.2g})")]
+        case Moved(step=step, what=what):
+            return [fact("memory", f"after step {step}: {what}", "yellow")]
     return []
 
 

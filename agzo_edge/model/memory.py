@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -90,20 +91,40 @@ def bytes_outside_torch(device: torch.device) -> int:
     By NVML, which knows each process; where it does not (in some containers, on Windows) 0, and the plan's
     estimate of the context is all that is known.
     """
-    with suppress(ImportError):
+    found = _nvml(device)
+    if found is None:
+        return 0
+    nvml, handle = found
+    try:
+        mine = [p for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+    except nvml.NVMLError:
+        return 0
+    used = int(mine[0].usedGpuMemory or 0) if mine else 0
+    return max(0, used - torch.cuda.memory_reserved(device))
+
+
+@cache
+def _nvml(device: torch.device) -> tuple[Any, Any] | None:
+    """The NVML library and its handle of the device; None where it is not installed or knows no such device."""
+    try:
         nvml: Any = import_module("pynvml")
-        with suppress(nvml.NVMLError):
-            nvml.nvmlInit()
-            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-            mine = [p for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-            if mine and mine[0].usedGpuMemory:
-                return max(0, int(mine[0].usedGpuMemory) - torch.cuda.memory_reserved(device))
-    return 0
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+        return nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except nvml.NVMLError:
+        return None
 
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that nobody has."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_host_bytes()
+
+
+def total_bytes(device: torch.device) -> int:
+    """Bytes of the device's memory, whoever has them."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else int(psutil.virtual_memory().total)
 
 
 def give_back(device: torch.device) -> None:

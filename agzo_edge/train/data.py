@@ -149,3 +149,16 @@ def _batch(
         first_example=first_example,
         places=tuple(example.place for example in examples),
     )
+
+
+def longest_examples(data: ExampleSet, n: int) -> list[Example]:
+    """The `n` examples with the longest rows, or with most of them: the worst batch that a step may meet.
+
+    Fewer examples than that are taken again, as a step takes them.
+    """
+
+    def size(example: Example) -> int:
+        return len(example.rows) * max(len(row.input_ids) for row in example.rows)
+
+    by_tokens = sorted(data.examples, key=size)
+    return [by_tokens[-1 - i % len(by_tokens)] for i in range(n)]

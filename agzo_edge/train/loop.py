@@ -1,19 +1,24 @@
 """The training loop: it yields records and decides nothing about them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, NonFiniteLossError
-from agzo_edge.model.memory import PeakMeter
+from agzo_edge.model.passes import Refresh
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.train.data import Batch, ExampleSet, micro_batches, pad_id_of
+from agzo_edge.train.data import Batch, Example, ExampleSet, longest_examples, micro_batches, pad_id_of
+from agzo_edge.train.guard import Guard
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.objective import Goal, loss_of
 from agzo_edge.train.order import chosen_examples
 from agzo_edge.train.probe import MuProbe, probe_mu
-from agzo_edge.train.step import StepRecord, agzo_step, find_bases, measure
+from agzo_edge.train.step import StepRecord, agzo_step, find_bases, is_one_pass, measure
+
+REHEARSAL_MU = 1e-3  # any size: only the memory of the passes is looked at
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class TimedStep:
     record: StepRecord
     wall_s: float
     tokens: int  # of all rows, padding excluded
-    peak_bytes: int
+    peak_bytes: int  # the most so far
+    moves: tuple[str, ...] = ()  # of the guard, before or in this step
 
 
 def run_steps(
@@ -31,31 +37,48 @@ def run_steps(
     learner: Learner,
     data: ExampleSet,
     *,
-    config: RunConfig,
+    guard: Guard,
     mu: float,
     goal: Goal | None = None,  # the objective with its settings; may be left out where it has none
     first_step: int = 0,
 ) -> Iterator[TimedStep]:
     """Train, one step for each record that is asked for; stop asking, and training stops.
 
-    The examples of a step depend on the seed and the step's number alone.
+    The examples of a step depend on the seed and the step's number alone. Raises BudgetBrokenError when a step,
+    or the one before it, did not stay within the limit however small its pieces.
     """
-    meter = PeakMeter(model.device)
-    for step in range(first_step, config.max_steps):
+    for step in range(first_step, guard.config.max_steps):
         start_s = time.perf_counter()
-        batches = batches_of_step(model, data, step=step, config=config)
-        record = agzo_step(model, batches, learner, step=step, mu=mu, config=config, goal=goal)
-        meter.read()
-        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-        yield TimedStep(record, time.perf_counter() - start_s, tokens, meter.peak_bytes)
+        record, tokens = guard.run(partial(_step, model, learner, data, step=step, mu=mu, goal=goal))
+        yield TimedStep(record, time.perf_counter() - start_s, tokens, guard.peak_bytes, guard.take_moves())
+
+
+def _step(
+    model: EdgeModel,
+    learner: Learner,
+    data: ExampleSet,
+    config: RunConfig,
+    *,
+    step: int,
+    mu: float,
+    goal: Goal | None,
+) -> tuple[StepRecord, int]:
+    """A step's record and its tokens."""
+    batches = batches_of_step(model, data, step=step, config=config)
+    record = agzo_step(model, batches, learner, step=step, mu=mu, config=config, goal=goal)
+    return record, sum(int(batch.attention_mask.sum()) for batch in batches)
 
 
 def batches_of_step(model: EdgeModel, data: ExampleSet, *, step: int, config: RunConfig) -> list[Batch]:
     """The micro-batches of a step: a function of the data, the seed and the step's number."""
     chosen = chosen_examples(data.lengths, step=step, config=config)
+    return _micro_batches(model, [data.examples[index] for index in chosen], config=config)
+
+
+def _micro_batches(model: EdgeModel, examples: Sequence[Example], *, config: RunConfig) -> list[Batch]:
     return list(
         micro_batches(
-            [data.examples[index] for index in chosen],
+            examples,
             micro_batch_size=config.micro_batch_size or config.batch_size,
             pad_id=pad_id_of(model.tokenizer),
             objective=config.objective,
@@ -63,7 +86,35 @@ def batches_of_step(model: EdgeModel, data: ExampleSet, *, step: int, config: Ru
     )
 
 
-def require_finite(model: EdgeModel, data: ExampleSet, *, config: RunConfig, goal: Goal | None = None) -> None:
+def rehearse(model: EdgeModel, data: ExampleSet, *, guard: Guard, goal: Goal | None = None) -> None:
+    """Take the longest rows through all passes of a step, so that what does not fit shows before the start.
+
+    Nothing is learned and the model is left as it was. Raises BudgetError when they fit on no rung.
+    """
+
+    def longest_batch(config: RunConfig) -> None:
+        batches = _micro_batches(model, longest_examples(data, config.batch_size), config=config)
+        refresh = Refresh.IN_PASS if is_one_pass(batches, config) else Refresh.NONE
+        with bases_kept(model):
+            if refresh is Refresh.NONE:
+                find_bases(model, batches, config)
+            measure(model, batches, step=0, mu=REHEARSAL_MU, config=config, refresh=refresh, goal=goal)
+
+    guard.rehearse(longest_batch)
+
+
+@contextmanager
+def bases_kept(model: EdgeModel) -> Iterator[None]:
+    """After the block, bases and scales are those from before it."""
+    before = [(branch, branch.group.basis, branch.scale) for branch in model.branches]
+    try:
+        yield
+    finally:
+        for branch, basis, scale in before:
+            branch.group.basis, branch.scale = basis, scale
+
+
+def require_finite(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal | None = None) -> None:
     """Raise when the model itself, before any perturbation, has no finite loss on the first batch.
 
     ModelError when no row has one (broken weights), NonFiniteLossError naming the rows otherwise.
@@ -83,15 +134,12 @@ def require_finite(model: EdgeModel, data: ExampleSet, *, config: RunConfig, goa
         )
 
 
-def probed_mu(model: EdgeModel, data: ExampleSet, *, config: RunConfig, goal: Goal | None = None) -> MuProbe:
+def probed_mu(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal | None = None) -> MuProbe:
     """The perturbation size for this model, dtype and card, from probes of the first batch.
 
     The model is left as it was: a run that does not probe, because it is resumed, takes the same steps.
     """
     batches = batches_of_step(model, data, step=0, config=config)
-    before = [(group, group.basis) for group in model.groups]
-    find_bases(model, batches, config)
-    probe = probe_mu(lambda mu: measure(model, batches, step=0, mu=mu, config=config, goal=goal)[0].projected)
-    for group, basis in before:
-        group.basis = basis
-    return probe
+    with bases_kept(model):
+        find_bases(model, batches, config)
+        return probe_mu(lambda mu: measure(model, batches, step=0, mu=mu, config=config, goal=goal)[0].projected)

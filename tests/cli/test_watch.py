@@ -66,7 +66,7 @@ def events_of_a_run() -> Iterator[Event]:
     config = RunConfig(model="models/tiny one", data="a.jsonl", output_dir="out", max_steps=N_STEPS, load_in_8bit=True)
     plan = plan_of(6 * GIB)
     before, after = Metrics(64, 4.0, 0.5), Metrics(64, 1.5, 0.75)
-    yield Planned(config, plan, "rtx", ("micro_batch_size is now 2",))
+    yield Planned(config, plan, "rtx", ("micro_batch_size is now 2",), ())
     yield DataReady(DataReport("messages", 100, 90, 0, 10, 5000, 120), None)
     yield ModelReady("models/tiny one", 35, "cpu", "float32", "nf4", 0)
     yield Evaluated(0, before)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import run_config, tiny_examples, tiny_model
+from helpers import run_config, tiny_examples, tiny_model, unlimited
 from torch import Tensor
 
 from agzo_edge.train.data import DataReport, ExampleSet
@@ -78,11 +78,13 @@ def test_a_run_stopped_and_restored_ends_bitwise_where_the_whole_one_ends() -> N
     config = run_config(batch_size=4, micro_batch_size=2, max_steps=7, refresh_every=3)
     whole_model, model = tiny_model(), tiny_model()
     whole = Learner(whole_model.branches, config)
-    records = [timed.record for timed in run_steps(whole_model, whole, data, config=config, mu=0.01)]
+    records = [
+        timed.record for timed in run_steps(whole_model, whole, data, guard=unlimited(whole_model, config), mu=0.01)
+    ]
     assert [record.step for record in records] == list(range(7))
 
     stopped = Learner(model.branches, config)
-    for timed in run_steps(model, stopped, data, config=config, mu=0.01):
+    for timed in run_steps(model, stopped, data, guard=unlimited(model, config), mu=0.01):
         assert timed.tokens > 0
         assert timed.peak_bytes > 0
         if timed.record.step == 3:
@@ -90,7 +92,8 @@ def test_a_run_stopped_and_restored_ends_bitwise_where_the_whole_one_ends() -> N
     again = tiny_model()
     resumed = Learner(again.branches, config)
     resumed.restore(stopped.state())
-    rest = [timed.record for timed in run_steps(again, resumed, data, config=config, mu=0.01, first_step=4)]
+    steps = run_steps(again, resumed, data, guard=unlimited(again, config), mu=0.01, first_step=4)
+    rest = [timed.record for timed in steps]
     assert rest == records[4:]
     ours, theirs = resumed.state(), whole.state()
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
