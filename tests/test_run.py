@@ -291,8 +291,9 @@ def test_a_run_steps_down_when_memory_gets_scarce_and_learns_the_same(tmp_path: 
     assert [event.step for event in moved] == [1]
     assert "micro-batches of 1" in moved[0].what
     ours, whole = (load_file(run / "adapter_model.safetensors") for run in (tmp_path / "run", whole_run))
-    for name, tensor in whole.items():
-        assert relative_error(ours[name], tensor) < 0.05
+    for a in (name for name in whole if "lora_A" in name):
+        b = a.replace("lora_A", "lora_B")  # the factors may turn against each other, their product does not
+        assert relative_error(ours[b] @ ours[a], whole[b] @ whole[a]) < 0.05
 
 
 def test_rows_that_fit_on_no_rung_are_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ _HEADS = ("lm_head", "embed_out")
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 _NOT_TEXT = re.compile(r"vision|visual|audio|multi_modal|\.experts\.")
+_MLP_MODULES = ("mlp", "feed_forward", "ffn")  # as model/pieces.py finds them
 _IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")
 _WRITTEN_OUT = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")  # temporaries instead of one kernel
 
@@ -48,6 +49,11 @@ class ModelFacts:
     def tied(self) -> bool:
         """Whether embeddings and head are one tensor."""
         return self.head_entries == 0
+
+    @property
+    def has_mlp_module(self) -> bool:
+        """Whether a block's MLP is a module that can be given a part of the tokens."""
+        return any(part in _MLP_MODULES for name in self.linears for part in name.split("."))
 
     @property
     def n_parameters(self) -> int:

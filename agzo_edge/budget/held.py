@@ -1,6 +1,8 @@
 """Bytes that a run holds from its first step to its last: the model, what is learned, and the files."""
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from agzo_edge.budget.facts import StoredAs, input_groups
 from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job
@@ -15,9 +17,9 @@ JOURNAL_EXAMPLE_BYTES = 24  # a projected gradient and its weight, as text
 
 
 def held_components(job: Job) -> Iterator[Component]:
-    """What stays on the device that computes."""
-    yield frozen_layers(job)
-    yield embeddings(job)
+    """What a run holds from its first step to its last: on the device, unless it waits outside."""
+    yield from frozen_layers(job)
+    yield from embeddings(job)
     yield accumulated_adapter(job)
     yield window(job)
     yield Component("context", job.profile.context_overhead, "device", "libraries, before the first tensor")
@@ -41,17 +43,18 @@ def layer_bytes(shape: tuple[int, int], stored_as: StoredAs, *, value_bytes: int
     return n_weights * value_bytes
 
 
-def frozen_layers(job: Job) -> Component:
-    """The linear layers as they are held; target = dequantized opens those that it trains.
+def frozen_layers(job: Job) -> Iterator[Component]:
+    """The linear layers as they are held, and those that target = dequantized opens beside their stored form.
 
-    On a CPU, tensors that need no conversion stay mapped from their file, and the kernel may drop their
-    pages. They are counted all the same: each step reads them, and a run that waits for the disk is none.
+    With offload = layers the stored form waits outside the device, and on a GPU the packed bytes of two blocks
+    are on the card: one in use, one on its way. Opened layers are written to and stay.
     """
     opened = job.targets if job.config.target == "dequantized" else {}
-    n_bytes = sum(
-        layer_bytes(shape, "dense" if name in opened else job.stored_as, value_bytes=job.value_bytes)
+    sizes = {
+        name: layer_bytes(shape, job.stored_as, value_bytes=job.value_bytes)
         for name, shape in job.facts.linears.items()
-    )
+    }
+    movable_bytes = sum(n_bytes for name, n_bytes in sizes.items() if name not in opened)
     n_weights = sum(out * inp for out, inp in job.facts.linears.values())
     rule = {
         "4bit": "1/2 B + 4 B for each block of 64",
@@ -60,18 +63,39 @@ def frozen_layers(job: Job) -> Component:
         "dense": f"{job.value_bytes} B",
     }[job.stored_as]
     formula = f"{n_weights:,} weights in {len(job.facts.linears)} layers x {rule}"
+    yield Component("weights", movable_bytes, job.place_of("layers"), formula)
     if opened:
-        formula += f"; {len(opened)} layers held open at {job.value_bytes} B"
-    return Component("weights", n_bytes, "device", formula)
+        n_opened = sum(out * inp for out, inp in opened.values())
+        held_bytes = job.value_bytes if job.dtype == "bfloat16" else FLOAT32_BYTES
+        opened_bytes = sum(sizes[name] for name in opened) + n_opened * held_bytes
+        rule = f"{n_opened:,} weights of {len(opened)} layers x {held_bytes} B, and their stored form"
+        yield Component("opened layers", opened_bytes, "device", rule)
+    if job.place_of("layers") == "host":
+        yield Component("streamed", 2 * largest_block_bytes(sizes), "device", "two blocks: one in use, one on its way")
 
 
-def embeddings(job: Job) -> Component:
-    """Embeddings, head, norms, biases and all else, in the compute dtype; a tied head counts once."""
-    facts = job.facts
-    n_entries = facts.embedding_entries + facts.head_entries + facts.other_entries
+def largest_block_bytes(sizes: Mapping[str, int]) -> int:
+    """The stored bytes of the largest block of layers, those whose names share the block's number."""
+    blocks: Counter[str] = Counter()
+    for name, n_bytes in sizes.items():
+        blocks[re.sub(r"(\.\d+)\..*", r"\1", name)] += n_bytes
+    return max(blocks.values())
+
+
+def embeddings(job: Job) -> Iterator[Component]:
+    """Embeddings and head, a tied one counted once, and what always stays on the device: norms, biases.
+
+    A head that waits on the host comes in parts of the vocabulary of about the bytes of a logits chunk.
+    """
+    facts, b = job.facts, job.value_bytes
+    n_entries = facts.embedding_entries + facts.head_entries
     head = "tied head" if facts.tied else "head"
-    formula = f"{n_entries:,} numbers (embeddings, {head}, norms, biases) x {job.value_bytes} B"
-    return Component("embeddings", n_entries * job.value_bytes, "device", formula)
+    place = job.place_of("embeddings")
+    yield Component("embeddings", n_entries * b, place, f"{n_entries:,} numbers (embeddings, {head}) x {b} B")
+    yield Component("norms", facts.other_entries * b, "device", f"{facts.other_entries:,} norms, biases x {b} B")
+    if place == "host":
+        part_bytes = min(job.config.logits_chunk, facts.vocab_size * facts.hidden_size * b)
+        yield Component("head part", part_bytes, "device", "a part of the vocabulary's head at a time")
 
 
 def accumulated_adapter(job: Job) -> Component:
@@ -125,4 +149,6 @@ def disk_components(job: Job) -> Iterator[Component]:
     rule = f"{n_checkpoints} x (adapter + folded windows of twice its rank + window)"
     yield Component("checkpoints", n_checkpoints * checkpoint_bytes, "disk", rule)
     yield Component("journal", config.max_steps * line_bytes, "disk", f"{config.max_steps} x {line_bytes} B")
+    mapped_bytes = sum(part.n_bytes for part in held_components(job) if part.where == "mapped")
+    yield Component("mapped weights", mapped_bytes, "disk", "what waits outside memory, in the cache folder")
     yield Component("bases", bases_bytes, "disk", f"{job.n_windows} windows x {basis_entries(job):,} x 4 B")

@@ -7,7 +7,7 @@ from agzo_edge.budget.facts import ModelFacts, StoredAs
 from agzo_edge.budget.profile import Profile
 from agzo_edge.config import RunConfig
 
-Where = Literal["device", "host", "disk"]
+Where = Literal["device", "host", "mapped", "disk"]  # mapped: pages of a file, which the kernel may drop
 
 STREAMS = 2  # both signs, or the value and its tangent, go through the model as one batch
 FLOAT32_BYTES = 4
@@ -71,6 +71,20 @@ class Job:
     def tokens(self) -> int:
         """Tokens of one forward when every row is the longest."""
         return self.rows * self.row_tokens
+
+    @property
+    def mlp_tokens(self) -> int:
+        """Tokens of one forward that an MLP works on at once; an MLP that is no module of its own takes all (OPT)."""
+        chunk = self.config.mlp_chunk_tokens
+        if chunk is None or not self.facts.has_mlp_module:
+            return self.tokens
+        return self.rows * min(chunk, self.row_tokens)
+
+    def place_of(self, part: Literal["embeddings", "layers"]) -> Where:
+        """Where `part` is held: on a CPU what waits is in a mapped file, beside a GPU in the host's memory."""
+        if self.config.offload not in (part, "layers"):
+            return "device"
+        return "mapped" if self.on_cpu else "host"
 
     @property
     def stored_as(self) -> StoredAs:

@@ -69,14 +69,16 @@ def mlp_bytes(job: Job) -> int:
 
     Ordinary: tokens (n_h h + n_m m) b, see MLP_LIVE; exact differences join both streams before a matmul.
     Finding bases: the streams' mean and its valid tokens in float32, together m for each token, and first
-    a float32 copy of a 16-bit stream. Beside float32 that is no more than the ordinary peak.
+    a float32 copy of a 16-bit stream. Beside float32 that is no more than the ordinary peak. In pieces, only
+    `mlp_tokens` of the tokens are m wide at once, and the pieces' outputs stand beside them, at the end twice.
     """
     h, m = job.facts.hidden_size, job.facts.mlp_width
     n_h, n_m = MLP_LIVE[job.facts.mlp_style]
     joined = 2 if job.config.difference == "exact" else 0
-    ordinary = (n_h * h + (n_m + joined) * m) * job.value_bytes
-    finding = (n_h * h + (n_m - 1) * m) * job.value_bytes + (FLOAT32_BYTES + job.extra_float32_bytes) * m
-    return job.tokens * max(ordinary, finding)
+    ordinary = (n_m + joined) * m * job.value_bytes
+    finding = (n_m - 1) * m * job.value_bytes + (FLOAT32_BYTES + job.extra_float32_bytes) * m
+    pieces = job.tokens - job.mlp_tokens  # their outputs, which are joined at the end
+    return (n_h * job.tokens + 2 * pieces) * h * job.value_bytes + job.mlp_tokens * max(ordinary, finding)
 
 
 def attention_mask(job: Job) -> Component:

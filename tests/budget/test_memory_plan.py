@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agzo_edge.budget.held import layer_bytes
+from agzo_edge.budget.ladder import ladder
 from agzo_edge.budget.memory import MemoryPlan, predicted_memory
 from agzo_edge.budget.plan import fitted_run, memory_plan, require_fits
 from agzo_edge.budget.profile import load_profile
@@ -199,3 +201,66 @@ def test_a_checkpoint_saved_in_4_bit_is_planned_so_whatever_the_flags_say() -> N
 def test_planning_imports_no_torch() -> None:
     script = "import sys, agzo_edge.budget.plan, agzo_edge.budget.detect; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_what_waits_outside_is_off_the_device_and_on_the_disk_or_the_host() -> None:
+    usual, cpu, gpu = (
+        memory_plan(WIDE, config_from({"offload": offload}), profile)
+        for offload, profile in (("none", CPU), ("layers", CPU), ("layers", GPU))
+    )
+    weights = component(usual, "weights")
+    assert component(cpu, "weights", "mapped") == component(gpu, "weights", "host") == weights
+    assert component(cpu, "mapped weights", "disk") == cpu.bytes_on("mapped") > weights
+    assert component(gpu, "streamed") == 2 * weights // WIDE.n_layers
+    assert usual.device_bytes - cpu.device_bytes > weights
+
+
+def test_layers_that_are_written_to_are_never_outside() -> None:
+    config = config_from({"offload": "layers", "target": "dequantized"})
+    plan = memory_plan(WIDE, config, CPU)
+    assert component(plan, "weights", "mapped") == 0
+    assert component(plan, "opened layers") > 4 * sum(out * inp for out, inp in WIDE.linears.values())
+
+
+def test_an_mlp_in_pieces_needs_less_and_opts_does_not() -> None:
+    whole, pieces = ({"max_seq_length": 1024, "mlp_chunk_tokens": chunk} for chunk in (None, 128))
+    of_opt = {name.replace(".mlp.", "."): shape for name, shape in WIDE.linears.items()}
+    for facts, smaller in ((WIDE, True), (replace(WIDE, linears=of_opt), False)):
+        plans = [memory_plan(facts, config_from(settings), CPU) for settings in (whole, pieces)]
+        assert (component(plans[1], "activations") < component(plans[0], "activations")) is smaller
+
+
+@given(config=configs(), profile=st.sampled_from([CPU, GPU]), tokens=st.integers(16, 4096))
+def test_each_rung_needs_no_more_than_the_one_before_with_the_same_things_outside(
+    config: RunConfig, profile: Any, tokens: int
+) -> None:
+    config = config.model_copy(update={"on_overflow": "stream", "max_seq_length": tokens})
+    rungs = list(ladder(config, row_tokens=tokens))
+    assert rungs[0] == config
+    for one, next_one in pairwise(rungs):
+        if one.offload == next_one.offload:
+            pair = (predicted_memory(WIDE, rung, profile).device_bytes for rung in (one, next_one))
+            assert 1.01 * next(pair) >= next(pair)  # whole positions of a chunk, whole tokens of a piece
+
+
+def test_weights_of_four_times_the_limit_are_streamed_or_refused() -> None:
+    deep = llama_facts(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, vocab_size=2000
+    )
+    dense = {"load_in_4bit": False, "max_seq_length": 128, "batch_size": 4}
+    weights = component(memory_plan(deep, config_from(dense), CPU), "weights")
+    limit = CPU.context_overhead + weights // 4
+    config = config_from(dense, {"ram_limit": str(limit) + "B"})
+    with pytest.raises(BudgetError):
+        fitted_run(deep, config, CPU)
+    fitted = fitted_run(deep, config.model_copy(update={"on_overflow": "stream"}), CPU)
+    assert fitted.config.offload == "layers"
+    assert "layers streamed" in fitted.notes[0]
+    assert fitted.plan.fits
+
+
+def test_a_run_that_must_not_shrink_has_one_rung() -> None:
+    assert len(fitted_run(WIDE, config_from({"on_overflow": "fail"}), GPU).rungs) == 1
+    needs = [rung.plan.device_bytes for rung in fitted_run(WIDE, config_from({"on_overflow": "stream"}), GPU).rungs]
+    assert needs == sorted(needs, reverse=True)
+    assert len(set(needs)) == len(needs) > 5
