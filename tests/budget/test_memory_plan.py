@@ -2,7 +2,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agzo_edge.budget.held import layer_bytes
-from agzo_edge.budget.ladder import ladder
 from agzo_edge.budget.memory import MemoryPlan, predicted_memory
 from agzo_edge.budget.plan import fitted_run, memory_plan, require_fits
 from agzo_edge.budget.profile import load_profile
@@ -228,19 +226,6 @@ def test_an_mlp_in_pieces_needs_less_and_opts_does_not() -> None:
     for facts, smaller in ((WIDE, True), (replace(WIDE, linears=of_opt), False)):
         plans = [memory_plan(facts, config_from(settings), CPU) for settings in (whole, pieces)]
         assert (component(plans[1], "activations") < component(plans[0], "activations")) is smaller
-
-
-@given(config=configs(), profile=st.sampled_from([CPU, GPU]), tokens=st.integers(16, 4096))
-def test_each_rung_needs_no_more_than_the_one_before_with_the_same_things_outside(
-    config: RunConfig, profile: Any, tokens: int
-) -> None:
-    config = config.model_copy(update={"on_overflow": "stream", "max_seq_length": tokens})
-    rungs = list(ladder(config, row_tokens=tokens))
-    assert rungs[0] == config
-    for one, next_one in pairwise(rungs):
-        if one.offload == next_one.offload:
-            pair = (predicted_memory(WIDE, rung, profile).device_bytes for rung in (one, next_one))
-            assert 1.01 * next(pair) >= next(pair)  # whole positions of a chunk, whole tokens of a piece
 
 
 def test_weights_of_four_times_the_limit_are_streamed_or_refused() -> None:
