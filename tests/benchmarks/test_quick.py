@@ -45,3 +45,13 @@ def test_a_real_run_tells_its_held_out_losses(tmp_path: Path) -> None:
     result = quick_result("real_run", tmp_path / "result.json")
     assert [step for step, _ in result["runs"][0]["curve"]] == [0, 2]
     assert len(result["runs"][0]["losses"]) == 2
+
+
+@pytest.mark.usefixtures("shared_dir")
+def test_learning_compares_every_method_and_draws_a_picture(tmp_path: Path) -> None:
+    result = quick_result("learning", tmp_path / "result.json")
+    assert {row["method"] for row in result["summary"]} == {
+        *("preset", "mezo", "lozo", "paper", "zo-act", "default", "forward", "exact", "first-order")
+    }
+    assert all(len(run["curve"]) == 3 for run in result["runs"])
+    assert (tmp_path / "result" / "stories260K-4bit-sst2.svg").read_text().startswith("<?xml")
