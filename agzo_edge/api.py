@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import model_facts
 from agzo_edge.budget.memory import MemoryPlan
-from agzo_edge.budget.plan import memory_plan, require_fits
+from agzo_edge.budget.plan import fitted_run, memory_plan
 from agzo_edge.config import RunConfig, config_from, read_toml
 from agzo_edge.demo import MODEL_DIR, demo_settings
 from agzo_edge.errors import ConfigError
@@ -144,8 +144,8 @@ def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
     from agzo_edge.rundir import load_changes
 
     changes = {} if adapter is None else load_changes(Path(adapter))
-    require_fits(memory_plan(model_facts(str(config.model)), config, machine_profile(config.profile)))
-    loaded = load_model(str(config.model), config)
+    fitted = fitted_run(model_facts(str(config.model)), config, machine_profile(config.profile))
+    loaded = load_model(str(config.model), fitted.config)
     set_learned(loaded.branches, changes)
     return loaded
 
