@@ -1,35 +1,20 @@
-"""A profile of this machine, asked from NVML, nvidia-smi, psutil and the kernel; torch is not needed."""
+"""A profile of this machine, from what the driver, psutil and the kernel say; torch is not needed."""
 
-import csv
-import importlib
 import os
-import shutil
-import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import psutil
 
+from agzo_edge.budget.gpu import Gpu, board_name, hides_gpus, visible_gpu
 from agzo_edge.budget.profile import Profile, load_profile, profile_names
-from agzo_edge.units import MIB
+from agzo_edge.units import GIB, MIB
 
 CPU_SHARE = 0.8  # of what is available now: the rest absorbs what other programs take while we run
 CONTEXT_ESTIMATE_BYTES = 500 * MIB  # a GPU that no profile knows: the largest of the shipped estimates
 GPU_RESERVE_SHARE = 0.02  # allocations of other programs come and go while we run
+SMALL_HOST_BYTES = 10 * GIB  # below it the shipped settings for 8 GB hold
 SAME_MEMORY = 0.1  # cards of one name differ by memory (RTX 3060: 8 and 12 GB); NVML rounds a little
-SMI_TIMEOUT_S = 10
 UNLIMITED_BYTES = 2**60  # cgroup v1 writes "no limit" as a number near 2**63
-
-_SMI_FIELDS = "name,memory.total,memory.free,compute_cap"
-
-
-class Gpu(NamedTuple):
-    """What the driver says about the first visible GPU."""
-
-    name: str
-    memory_bytes: int
-    free_bytes: int
-    compute_capability: str
 
 
 def machine_profile(name_or_path: str) -> Profile:
@@ -38,15 +23,19 @@ def machine_profile(name_or_path: str) -> Profile:
 
 
 def detected_profile() -> Profile:
-    """This machine: its first visible GPU, or its CPU; speeds from a shipped profile of the same card."""
-    gpu = visible_gpu()
-    return cpu_profile() if gpu is None else gpu_profile(gpu, host_bytes=usable_host_bytes())
+    """This machine: its first visible GPU, or its CPU; speeds from a shipped profile of the same card or board."""
+    if hides_gpus():
+        return cpu_profile()
+    if (gpu := visible_gpu()) is not None:
+        return gpu_profile(gpu, host_bytes=usable_host_bytes())
+    board = known_board(board_name())
+    return cpu_profile() if board is None else board_profile(board)
 
 
 def cpu_profile() -> Profile:
     """The host alone, limited to a share of the memory that is available now."""
-    shipped = load_profile("cpu")
-    total_bytes = min([psutil.virtual_memory().total, *(limit for limit, _ in cgroup_memory())])
+    total_bytes = total_host_bytes()
+    shipped = load_profile("cpu" if total_bytes > SMALL_HOST_BYTES else "cpu-8gb")
     budget_bytes = max(usable_host_bytes(), shipped.context_overhead + MIB)
     memory_bytes = max(total_bytes, budget_bytes + MIB)
     return Profile(
@@ -82,6 +71,29 @@ def gpu_profile(gpu: Gpu, *, host_bytes: int) -> Profile:
     )
 
 
+def board_profile(known: Profile) -> Profile:
+    """A board whose GPU computes in the host's memory; what is in use there now is left to those who use it."""
+    memory_bytes = total_host_bytes()
+    budget_bytes = max(usable_host_bytes(), known.context_overhead + MIB)
+    return known.model_copy(
+        update={
+            "name": f"auto ({known.name})",
+            "memory": max(memory_bytes, budget_bytes + MIB),
+            "reserve": max(memory_bytes - budget_bytes, MIB),
+        }
+    )
+
+
+def known_board(name: str) -> Profile | None:
+    """The shipped profile whose board `name` is, with the memory of this host within a tenth."""
+    memory_bytes = psutil.virtual_memory().total  # a container's limit is not the board's
+    for profile in map(load_profile, profile_names()):
+        close = abs(profile.memory - memory_bytes) <= SAME_MEMORY * profile.memory
+        if profile.unified_memory and close and any(part in name for part in profile.device_names):
+            return profile
+    return None
+
+
 def known_card(gpu: Gpu) -> Profile | None:
     """The shipped profile with this card's name and, within a tenth, its memory."""
     for profile in map(load_profile, profile_names()):
@@ -91,58 +103,9 @@ def known_card(gpu: Gpu) -> Profile | None:
     return None
 
 
-def visible_gpu() -> Gpu | None:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves to us; None when the driver shows none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
-        return None
-    selected = (visible or "0").split(",")[0].strip()
-    return _ask_nvml(selected) or _ask_smi(selected)
-
-
-def _ask_nvml(selected: str) -> Gpu | None:
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-    except ImportError:
-        return None
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return None
-    try:
-        if selected.isdigit():
-            handle = nvml.nvmlDeviceGetHandleByIndex(int(selected))
-        else:
-            handle = nvml.nvmlDeviceGetHandleByUUID(selected)
-        name = nvml.nvmlDeviceGetName(handle)
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        capability = ".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle)))
-        return Gpu(name if isinstance(name, str) else name.decode(), memory.total, memory.free, capability)
-    except nvml.NVMLError:
-        return None
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _ask_smi(selected: str) -> Gpu | None:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    command = [program, f"--id={selected}", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return gpu_from_csv(answer.stdout)
-
-
-def gpu_from_csv(text: str) -> Gpu | None:
-    """The GPU in nvidia-smi's first line (name, total and free MiB, compute capability), or None."""
-    for row in csv.reader(text.splitlines(), skipinitialspace=True):
-        if len(row) == 4 and row[1].strip().isdigit() and row[2].strip().isdigit():
-            return Gpu(row[0].strip(), int(row[1]) * MIB, int(row[2]) * MIB, row[3].strip())
-        return None
-    return None
+def total_host_bytes() -> int:
+    """The host's memory, or what the cgroups allow of it."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in cgroup_memory())])
 
 
 def usable_host_bytes() -> int:

@@ -98,6 +98,7 @@ def predicted_memory(
         row_tokens=min(longest_tokens or config.max_seq_length, config.max_seq_length),
     )
     parts = (*held_components(job), *working_components(job), *host_components(job), *disk_components(job))
+    device_bytes = sum(part.n_bytes for part in parts if part.where == "device")
     return MemoryPlan(
         profile_name=profile.name,
         dtype=job.dtype,
@@ -105,7 +106,7 @@ def predicted_memory(
         row_tokens=job.row_tokens,
         components=parts,
         limit_bytes=device_limit(config, profile),
-        host_limit_bytes=None if on_cpu else config.ram_limit or profile.host_memory,
+        host_limit_bytes=None if on_cpu else host_limit(config, profile, device_bytes=device_bytes),
     )
 
 
@@ -136,3 +137,11 @@ def device_limit(config: RunConfig, profile: Profile) -> int:
     if on_cpu and profile.host_memory is not None:
         return profile.host_memory
     return profile.budget_bytes
+
+
+def host_limit(config: RunConfig, profile: Profile, *, device_bytes: int) -> int | None:
+    """The limit of the host's memory beside a GPU; of a memory that both share, what the device leaves."""
+    limits = [config.ram_limit or profile.host_memory]
+    if profile.unified_memory:
+        limits.append(max(0, device_limit(config, profile) - device_bytes))
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -25,7 +25,8 @@ class Profile(BaseModel):
     name: str = Field(min_length=1)
     description: str = ""
     kind: Literal["cuda", "cpu"]
-    device_names: tuple[str, ...] = ()  # as NVML spells them: `auto` finds the profile by them
+    device_names: tuple[str, ...] = ()  # as NVML spells them, or a part of a board's name: `auto` goes by them
+    unified_memory: bool = False  # the GPU computes in the host's memory, as on a Jetson: one budget for both
     memory: Bytes  # of the device that computes: the GPU's, or the host's when there is none
     reserve: Bytes  # left to the desktop and to other programs
     context_overhead: Bytes  # what the libraries take before the first tensor, outside torch's allocator
@@ -51,6 +52,8 @@ class Profile(BaseModel):
             )
         if self.kind == "cuda" and self.compute_capability is None:
             faults.append("a cuda profile needs compute_capability, such as '8.6'")
+        if self.unified_memory and (self.kind == "cpu" or self.host_memory is not None):
+            faults.append("unified_memory is for a GPU that has no memory but the host's: leave host_memory out")
         faults += [
             f"settings.{name}: no such setting{_did_you_mean(name, RunConfig.model_fields)}"
             for name in self.settings

@@ -4,16 +4,17 @@ import psutil
 import pytest
 
 from agzo_edge.budget.detect import (
-    Gpu,
+    board_profile,
     cgroup_memory,
     cpu_profile,
     detected_profile,
-    gpu_from_csv,
     gpu_profile,
+    known_board,
     known_card,
     machine_profile,
-    visible_gpu,
 )
+from agzo_edge.budget.gpu import Gpu, board_name, gpu_from_csv, visible_gpu
+from agzo_edge.budget.profile import load_profile
 from agzo_edge.units import GIB, MIB
 
 LAPTOP = Gpu("NVIDIA GeForce RTX 3060", 12 * GIB, 11 * GIB, "8.6")
@@ -63,6 +64,45 @@ def test_an_answer_of_nvidia_smi_that_names_no_gpu_is_none(text: str) -> None:
 
 def test_an_answer_of_nvidia_smi_is_read_in_mebibytes() -> None:
     assert gpu_from_csv("Tesla T4, 15360, 15000, 7.5\n") == Gpu("Tesla T4", 15360 * MIB, 15000 * MIB, "7.5")
+
+
+def memory_of_this_host(monkeypatch: pytest.MonkeyPatch, *, total: int) -> None:
+    real = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(total=total, available=total // 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_mib", "profile"),
+    [  # as owners of the boards report them; the firmware ends the name with a zero byte
+        ("NVIDIA Orin Nano Developer Kit", 7620, "jetson-orin-nano-8gb"),
+        ("NVIDIA Jetson Orin NX Engineering Reference Developer Kit", 15388, "jetson-orin-nx-16gb"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", 30697, "jetson-agx-orin-32gb"),
+    ],
+)
+def test_a_board_is_known_by_its_firmware_and_computes_in_the_hosts_memory(
+    name: str, memory_mib: int, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    memory_of_this_host(monkeypatch, total=memory_mib * MIB)
+    (tmp_path / "model").write_bytes(name.encode() + b"\0")
+    known = known_board(board_name(tmp_path / "model"))
+    assert known is not None
+    assert known.name == profile
+    here = board_profile(known)
+    assert here.unified_memory
+    assert known.context_overhead < here.budget_bytes <= 0.8 * memory_mib * MIB / 2
+
+
+def test_a_board_with_other_memory_and_a_machine_without_a_name_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory_of_this_host(monkeypatch, total=4 * GIB)
+    assert known_board("NVIDIA Orin Nano Developer Kit") is None
+    assert board_name(Path("/no/such/file")) == ""
+    memory_of_this_host(monkeypatch, total=8 * GIB)
+    assert known_board("") is None
+
+
+def test_a_host_of_8_gb_gets_the_settings_that_suit_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory_of_this_host(monkeypatch, total=8 * GIB)
+    assert cpu_profile().settings == load_profile("cpu-8gb").settings
 
 
 def test_every_enclosing_control_group_bounds_the_memory(tmp_path: Path) -> None:

@@ -213,6 +213,17 @@ def test_what_waits_outside_is_off_the_device_and_on_the_disk_or_the_host() -> N
     assert usual.device_bytes - cpu.device_bytes > weights
 
 
+def test_on_a_board_what_waits_on_the_host_takes_the_same_memory() -> None:
+    board = load_profile("jetson-orin-nano-8gb")
+    for offload in ("none", "layers"):
+        plan = predicted_memory(llama_facts(), config_from({"offload": offload, "device": "cuda"}), board)
+        assert plan.host_limit_bytes == plan.limit_bytes - plan.device_bytes
+    tight = plan.device_bytes + plan.bytes_on("host") - 1
+    config = config_from({"offload": "layers", "device": "cuda", "vram_limit": tight})
+    assert not predicted_memory(llama_facts(), config, board).fits
+    assert predicted_memory(llama_facts(), config.model_copy(update={"vram_limit": tight + 1}), board).fits
+
+
 def test_layers_that_are_written_to_are_never_outside() -> None:
     config = config_from({"offload": "layers", "target": "dequantized"})
     plan = memory_plan(WIDE, config, CPU)

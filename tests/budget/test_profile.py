@@ -18,13 +18,22 @@ compute_capability = "8.6"
 """
 
 
-def test_a_cpu_and_six_gpus_from_4_to_24_gb_are_shipped() -> None:
+def test_twenty_machines_are_shipped_from_4_to_24_gb_small_hosts_and_boards() -> None:
     profiles = [load_profile(name) for name in profile_names()]
-    gpus = sorted(profile.memory for profile in profiles if profile.kind == "cuda")
-    assert any(profile.kind == "cpu" for profile in profiles)
-    assert len(gpus) >= 6
-    assert gpus[0] == 4 * GIB
-    assert gpus[-1] > 23 * GIB
+    cards = sorted(profile.memory for profile in profiles if profile.kind == "cuda" and not profile.unified_memory)
+    hosts = sorted(profile.memory for profile in profiles if profile.kind == "cpu")
+    assert len(profiles) >= 20
+    assert cards[0] == 4 * GIB
+    assert cards[-1] == 24 * GIB
+    assert hosts == [8 * GIB, 16 * GIB]
+    assert sum(profile.unified_memory for profile in profiles) >= 3
+
+
+def test_a_card_is_named_by_one_profile_of_each_size() -> None:
+    known = [
+        (device, profile.memory) for profile in map(load_profile, profile_names()) for device in profile.device_names
+    ]
+    assert len(known) == len(set(known))
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -71,6 +80,7 @@ def test_a_file_can_be_given_by_its_path(tmp_path: Path) -> None:
         ('host_memory = "-1GiB"', "not an amount"),
         ("host_memory = -5", "greater than 0"),
         ('host_memory = "16"', "has no unit"),
+        ('unified_memory = true\nhost_memory = "8GiB"', "leave host_memory out"),
         ("[settings]\nbatchsize = 4", "did you mean batch_size"),
         ("[settings]\nbatch_size = 0", "batch_size"),
         ("not toml", "TOML"),
