@@ -22,11 +22,11 @@ from agzo_edge.errors import (
 )
 
 if TYPE_CHECKING:
-    from agzo_edge.api import doctor, evaluate, export, finetune, load, plan, replay, report
+    from agzo_edge.api import doctor, evaluate, export, finetune, load, plan, replay, report, sweep
 
 __version__ = "0.1.0"
 
-_VERBS = ("doctor", "evaluate", "export", "finetune", "load", "plan", "replay", "report")
+_VERBS = ("doctor", "evaluate", "export", "finetune", "load", "plan", "replay", "report", "sweep")
 
 
 def __getattr__(name: str) -> Any:
@@ -57,4 +57,5 @@ __all__ = [
     "plan",
     "replay",
     "report",
+    "sweep",
 ]

@@ -13,6 +13,7 @@ from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import model_facts
 from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.budget.plan import fitted_run, memory_plan
+from agzo_edge.budget.sweep import Sweep, memory_sweep
 from agzo_edge.config import RunConfig, config_from, read_toml
 from agzo_edge.demo import MODEL_DIR, demo_settings
 from agzo_edge.errors import ConfigError
@@ -69,6 +70,21 @@ def plan(
     """
     config = resolve({"model": model, **settings}, config_file=config_file, preset=preset)
     return memory_plan(model_facts(str(config.model)), config, machine_profile(config.profile))
+
+
+def sweep(
+    model: str | None = None,
+    *,
+    config_file: str | Path | None = None,
+    preset: str | None = None,
+    **settings: Any,
+) -> Sweep:
+    """What fits: the plans of a run with rows of 128 to 16,384 tokens and steps of 1 to 64 examples.
+
+    Raises ConfigError and ModelError.
+    """
+    config = resolve({"model": model, **settings}, config_file=config_file, preset=preset)
+    return memory_sweep(model_facts(str(config.model)), config, machine_profile(config.profile))
 
 
 def finetune(

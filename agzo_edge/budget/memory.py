@@ -7,6 +7,7 @@ from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.held import disk_components, held_components
 from agzo_edge.budget.job import Component, Job, Where
 from agzo_edge.budget.profile import Profile
+from agzo_edge.budget.qlora import QloraNeed
 from agzo_edge.budget.working import host_components, working_components
 from agzo_edge.config import RunConfig
 
@@ -31,6 +32,7 @@ class MemoryPlan:
     limit_bytes: int  # of the device that computes
     host_limit_bytes: int | None  # None: not checked, or the host is the device
     changes: tuple[Change, ...] = field(default=())
+    qlora: QloraNeed | None = None  # for comparison
 
     def bytes_on(self, where: Where) -> int:
         """The sum of the components in one place."""
@@ -71,6 +73,7 @@ class MemoryPlan:
                 for part in self.components
             ],
             "changes": [change._asdict() for change in self.changes],
+            "qlora": None if self.qlora is None else self.qlora.to_dict(),
         }
 
 
@@ -86,17 +89,7 @@ def predicted_memory(
 
     Raises ModelError when target_modules matches no layer.
     """
-    on_cpu = computes_on_cpu(config, profile)
-    job = Job(
-        facts=facts,
-        config=config,
-        profile=profile,
-        targets=facts.targets(config.target_modules),
-        on_cpu=on_cpu,
-        dtype=compute_dtype(config, profile),
-        rows_per_example=rows_per_example,
-        row_tokens=min(longest_tokens or config.max_seq_length, config.max_seq_length),
-    )
+    job = job_of(facts, config, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
     parts = (*held_components(job), *working_components(job), *host_components(job), *disk_components(job))
     device_bytes = sum(part.n_bytes for part in parts if part.where == "device")
     return MemoryPlan(
@@ -106,7 +99,28 @@ def predicted_memory(
         row_tokens=job.row_tokens,
         components=parts,
         limit_bytes=device_limit(config, profile),
-        host_limit_bytes=None if on_cpu else host_limit(config, profile, device_bytes=device_bytes),
+        host_limit_bytes=None if job.on_cpu else host_limit(config, profile, device_bytes=device_bytes),
+    )
+
+
+def job_of(
+    facts: ModelFacts,
+    config: RunConfig,
+    profile: Profile,
+    *,
+    rows_per_example: int = 1,
+    longest_tokens: int | None = None,
+) -> Job:
+    """The run by the sizes that take memory. Raises ModelError when target_modules matches no layer."""
+    return Job(
+        facts=facts,
+        config=config,
+        profile=profile,
+        targets=facts.targets(config.target_modules),
+        on_cpu=computes_on_cpu(config, profile),
+        dtype=compute_dtype(config, profile),
+        rows_per_example=rows_per_example,
+        row_tokens=min(longest_tokens or config.max_seq_length, config.max_seq_length),
     )
 
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.ladder import halvings, ladder, rung_words
-from agzo_edge.budget.memory import Change, MemoryPlan, computes_on_cpu, predicted_memory
+from agzo_edge.budget.memory import Change, MemoryPlan, computes_on_cpu, job_of, predicted_memory
 from agzo_edge.budget.profile import Profile
+from agzo_edge.budget.qlora import qlora_need
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import BudgetError, numbered
 from agzo_edge.units import format_bytes
@@ -46,13 +47,14 @@ def memory_plan(
     rows_per_example: int = 1,  # 1 for lm; the most options of an example for choice
     longest_tokens: int | None = None,  # of the data, where it is known; max_seq_length otherwise
 ) -> MemoryPlan:
-    """The plan of the run that `config` describes on `profile`'s machine, with what would save memory.
+    """The plan of the run that `config` describes on `profile`'s machine, what would save memory, and QLoRA's need.
 
     Raises ModelError when target_modules matches no layer.
     """
     predict = partial(_predicted, facts, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
     plan = predict(config)
-    return replace(plan, changes=_changes(plan, _cheaper(config, facts, profile), predict))
+    job = job_of(facts, config, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
+    return replace(plan, changes=_changes(plan, _cheaper(config, facts, profile), predict), qlora=qlora_need(job))
 
 
 def require_fits(plan: MemoryPlan) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_POINTS = 40
+COLUMNS_WITH_FORMULAS = 72  # below it every formula would fold into a dozen lines
 
 
 def curve(values: Sequence[float]) -> str:
@@ -39,19 +40,34 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def plan_table(plan: "MemoryPlan") -> Table:
-    """Every component of the plan, the places one after another, each with its sum."""
+def plan_table(plan: "MemoryPlan", *, columns: int) -> Table:
+    """Every component of the plan, the places one after another, each with its sum; formulas where there is room."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("component", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("where", no_wrap=True)
-    table.add_column("computed from", style="dim")
+    if wide := columns >= COLUMNS_WITH_FORMULAS:
+        table.add_column("computed from", style="dim")
     for where in dict.fromkeys(component.where for component in plan.components):
         for component in plan.components:
             if component.where == where and component.n_bytes > 0:
-                table.add_row(component.name, format_bytes(component.n_bytes), where, Text(component.formula))
+                formula = [Text(component.formula)] if wide else []
+                table.add_row(component.name, format_bytes(component.n_bytes), where, *formula)
         table.add_row("in all", format_bytes(plan.bytes_on(where)), where, style="bold", end_section=True)
     return table
+
+
+def comparison(plan: "MemoryPlan") -> Text:
+    """What QLoRA would need for the same job, and which of the two to take."""
+    need = plan.qlora
+    if need is None:
+        return Text("")
+    whole, single = format_bytes(need.total_bytes), format_bytes(need.smallest_bytes)
+    advice = "more than is allowed"
+    if need.smallest_bytes <= plan.limit_bytes:
+        advice = "that fits, and in as many steps it reaches a lower loss: take it, unless the limit must be held"
+    sizes = f"at least {whole} with the same rows in a pass, {single} with one example (by formula, not measured): "
+    return Text.assemble(("QLoRA: ", "bold"), sizes, advice)
 
 
 def verdict(plan: "MemoryPlan") -> Text:

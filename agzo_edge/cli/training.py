@@ -2,19 +2,21 @@
 
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agzo_edge.cli.consoles import stdout_console, write_json
+from agzo_edge.cli.consoles import print_lines, stdout_console, write_json
 from agzo_edge.cli.flags import AsJson, ConfigFile, DryRun, Preset, Resume
 from agzo_edge.cli.options import given, with_settings
-from agzo_edge.cli.screen import plan_table, verdict
+from agzo_edge.cli.screen import comparison, plan_table, verdict
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import BudgetError
 
 if TYPE_CHECKING:
     from agzo_edge.budget.memory import MemoryPlan
+    from agzo_edge.budget.sweep import Sweep
     from agzo_edge.cli.stop import StopSignals
 
 
@@ -75,11 +77,37 @@ def _watched(config: RunConfig, stop: "StopSignals", *, resume: bool, as_json: b
 
 
 @with_settings()
-def plan(config_file: ConfigFile = None, preset: Preset = None, as_json: AsJson = False, **settings: object) -> None:
+def plan(
+    config_file: ConfigFile = None,
+    preset: Preset = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Show which lengths of rows and batches fit.")] = False,
+    sweep_image: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Write the sweep as a picture; needs matplotlib.")
+    ] = None,
+    as_json: AsJson = False,
+    **settings: object,
+) -> None:
     """Show the memory that `train` with the same flags would need; nothing is loaded. Alias: estimate."""
     from agzo_edge import api
 
+    if sweep or sweep_image is not None:
+        found = api.sweep(config_file=config_file, preset=preset, **given(settings))
+        show_sweep(found, image=sweep_image, as_json=as_json)
+        return
     show_plan(api.plan(config_file=config_file, preset=preset, **given(settings)), as_json=as_json)
+
+
+def show_sweep(sweep: "Sweep", *, image: Path | None, as_json: bool) -> None:
+    """Show which runs fit, and leave the picture where it was asked for."""
+    from agzo_edge.cli.sweep_view import save_sweep_image, sweep_lines
+
+    if image is not None:
+        save_sweep_image(sweep, image)
+    if as_json:
+        write_json(sweep.to_dict())
+        return
+    console = stdout_console()
+    print_lines(console, sweep_lines(sweep, columns=console.width))
 
 
 def show_plan(memory_plan: "MemoryPlan", *, as_json: bool) -> None:
@@ -88,8 +116,9 @@ def show_plan(memory_plan: "MemoryPlan", *, as_json: bool) -> None:
         write_json(memory_plan.to_dict())
     else:
         console = stdout_console()
-        console.print(plan_table(memory_plan))
+        console.print(plan_table(memory_plan, columns=console.width))
         console.print()
         console.print(verdict(memory_plan))
+        console.print(comparison(memory_plan))
     if not memory_plan.fits:
         raise typer.Exit(BudgetError.exit_code)

@@ -32,7 +32,7 @@ def modules_after(*arguments: str) -> set[str]:
     return set(done.stdout.rsplit("modules:", 1)[1].split())
 
 
-@pytest.mark.parametrize("arguments", [("train", "--help"), ("profiles",), ("plan",)])
+@pytest.mark.parametrize("arguments", [("train", "--help"), ("profiles",), ("plan",), ("plan", "--sweep")])
 def test_commands_that_load_nothing_do_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
     assert not modules_after(*arguments) & {"torch", "transformers", "bitsandbytes", "datasets"}
 

@@ -10,7 +10,7 @@ from agzo_edge.cli.options import as_flags, given
 from agzo_edge.cli.training import plan, train
 from agzo_edge.config import RunConfig
 
-OWN = {"context", "config_file", "preset", "resume", "dry_run", "as_json"}
+OWN = {"context", "config_file", "preset", "resume", "dry_run", "as_json", "sweep", "sweep_image"}
 
 
 def options_of(command: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import io
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from rich.console import Console
 
 from agzo_edge.budget.job import Component
 from agzo_edge.budget.memory import Change, MemoryPlan
+from agzo_edge.budget.qlora import QloraNeed
 from agzo_edge.cli.as_json import event_object, json_line
 from agzo_edge.cli.course import Course
 from agzo_edge.cli.run_view import generate_command, live_view
-from agzo_edge.cli.screen import curve, duration, facts_lines, plan_table, report_lines, verdict
+from agzo_edge.cli.screen import comparison, curve, duration, facts_lines, plan_table, report_lines, verdict
 from agzo_edge.cli.watch import PLAIN_STEP_LINES, watch, watch_json
 from agzo_edge.config import RunConfig
 from agzo_edge.demo import demo_settings
@@ -195,7 +197,7 @@ def test_generate_command_of_the_demo_names_no_model() -> None:
 
 
 def test_plan_table_has_every_component_and_a_sum_for_each_place() -> None:
-    text = shown(plan_table(plan_of(6 * GIB)))
+    text = shown(plan_table(plan_of(6 * GIB), columns=100))
     for part in (
         "weights",
         "3.00 GiB",
@@ -205,6 +207,22 @@ def test_plan_table_has_every_component_and_a_sum_for_each_place() -> None:
         "1.0 MiB  disk",
     ):
         assert part in text
+
+
+def test_plan_table_fits_40_columns_without_its_formulas() -> None:
+    text = shown(plan_table(plan_of(6 * GIB), columns=40))
+    assert "3.00 GiB" in text
+    assert "rows x" not in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 40
+
+
+def test_the_comparison_says_what_qlora_needs_and_whether_it_fits() -> None:
+    need = QloraNeed(parts={"base": 4 * GIB, "logits": GIB}, smallest_bytes=3 * GIB)
+    text = shown(comparison(replace(plan_of(4 * GIB), qlora=need)))
+    assert "at least 5.00 GiB" in text
+    assert "3.00 GiB with one example" in text
+    assert "lower loss" in text
+    assert "more than is allowed" in shown(comparison(replace(plan_of(2 * GIB), qlora=need)))
 
 
 def test_verdict_says_how_much_is_spare_or_too_much_and_what_to_do() -> None:

@@ -1,0 +1,75 @@
+"""What fits on a machine: the same run with rows and batches of many sizes."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from agzo_edge.budget.facts import ModelFacts
+from agzo_edge.budget.ladder import ladder, rung_words
+from agzo_edge.budget.memory import predicted_memory
+from agzo_edge.budget.profile import Profile
+from agzo_edge.config import RunConfig
+
+LENGTHS = tuple(2**n for n in range(7, 15))  # 128 to 16,384 tokens in a row
+BATCHES = tuple(2**n for n in range(7))  # 1 to 64 examples in a step
+
+Outcome = Literal["fits", "in pieces", "refused"]
+
+
+class Cell(NamedTuple):
+    """One run of a sweep."""
+
+    max_seq_length: int
+    batch_size: int
+    asked_bytes: int  # the predicted peak as asked for
+    device_bytes: int  # as it would be taken; as asked for when it is refused
+    outcome: Outcome
+    how: str  # what the ladder changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The runs over all lengths and batches, the shortest rows first, of each length the smallest batch first."""
+
+    profile_name: str
+    limit_bytes: int
+    cells: tuple[Cell, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sweep for JSON; every amount in bytes."""
+        return {
+            "profile": self.profile_name,
+            "limit_bytes": self.limit_bytes,
+            "cells": [cell._asdict() for cell in self.cells],
+        }
+
+
+def memory_sweep(facts: ModelFacts, config: RunConfig, profile: Profile) -> Sweep:
+    """The plans of the run that `config` describes, with every length of rows and every size of batch.
+
+    Raises ModelError when target_modules matches no layer.
+    """
+    cells = tuple(
+        _cell(facts, _resized(config, length=length, batch_size=batch_size), profile)
+        for length in LENGTHS
+        for batch_size in BATCHES
+    )
+    limit_bytes = predicted_memory(facts, config, profile).limit_bytes
+    return Sweep(profile_name=profile.name, limit_bytes=limit_bytes, cells=cells)
+
+
+def _resized(config: RunConfig, *, length: int, batch_size: int) -> RunConfig:
+    micro = min(config.micro_batch_size or batch_size, batch_size)
+    return config.model_copy(update={"max_seq_length": length, "batch_size": batch_size, "micro_batch_size": micro})
+
+
+def _cell(facts: ModelFacts, config: RunConfig, profile: Profile) -> Cell:
+    """The first rung of the ladder that fits."""
+    asked = predicted_memory(facts, config, profile)
+    size = (config.max_seq_length, config.batch_size, asked.device_bytes)
+    if asked.fits:
+        return Cell(*size, asked.device_bytes, "fits", "")
+    for rung in ladder(config, row_tokens=asked.row_tokens):
+        plan = predicted_memory(facts, rung, profile)
+        if plan.fits:
+            return Cell(*size, plan.device_bytes, "in pieces", rung_words(config, rung))
+    return Cell(*size, asked.device_bytes, "refused", "")
