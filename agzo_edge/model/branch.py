@@ -48,7 +48,7 @@ class Branch:
     scale: float = 1.0  # s: rms of y over rms length of Aᵀx; 1 when perturbations are absolute
     steps_in_window: int = 0  # updates that c holds; 0 says that c is zero
     held: HeldWeight | None = None  # the weight that windows are written into, when it is held dequantized
-    _cast: tuple[torch.dtype, int, Tensor, LowRank] | None = None  # what `factors` last made, and from what
+    _cast: tuple[LowRank, LowRank] | None = None  # the folded sum, and what `folded_in` made of it
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,18 +68,23 @@ class Branch:
         basis = activation_basis(change, starting_basis(self.shape[1], rank).to(change.device), n_iter=EXTRACTION_STEPS)
         return LowRank(change @ basis, basis)
 
-    def factors(self, dtype: torch.dtype) -> LowRank | None:
-        """The learned change in `dtype` for the forward, kept until it changes; None while it is nothing."""
-        if self.folded.rank == 0 and self.steps_in_window == 0:
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing was learned yet, or all of it went into the held weight."""
+        return self.folded.rank == 0 and self.steps_in_window == 0
+
+    @property
+    def window(self) -> Tensor | None:
+        """This window's coefficients (out_features, rank) float32; None while they are zero."""
+        return self.c if self.steps_in_window else None
+
+    def folded_in(self, dtype: torch.dtype) -> LowRank | None:
+        """The folded windows in `dtype` for the forward, kept until they change; None while there are none."""
+        if self.folded.rank == 0:
             return None
-        if self._cast is not None:
-            cast_dtype, steps, folded_c, factors = self._cast
-            if cast_dtype is dtype and steps == self.steps_in_window and folded_c is self.folded.c:
-                return factors
-        change = self.learned() if self.steps_in_window else self.folded
-        factors = LowRank(change.c.to(dtype), change.a.to(dtype))
-        self._cast = (dtype, self.steps_in_window, self.folded.c, factors)
-        return factors
+        if self._cast is None or self._cast[0] is not self.folded or self._cast[1].c.dtype is not dtype:
+            self._cast = self.folded, LowRank(self.folded.c.to(dtype), self.folded.a.to(dtype))
+        return self._cast[1]
 
     def fold(self, *, keep_rank: int, random_bits: Callable[[], Tensor]) -> float:
         """Move the window into the folded sum, or into the held weight; the energy that a compression left out.

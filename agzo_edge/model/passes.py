@@ -5,6 +5,7 @@ layers then compute W x + b and what was learned, and nothing else.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from agzo_edge.model.branch import Branch, InputGroup
-from agzo_edge.numerics.basis import activation_basis, next_basis, subspace_product
+from agzo_edge.numerics.basis import activation_basis, next_basis, projected, subspace_product
+from agzo_edge.numerics.noise import Noise
 
 
 class Refresh(Enum):
@@ -30,7 +32,7 @@ class Refresh(Enum):
 class Perturbation:
     """The noise of one pass, and who gets it with which sign."""
 
-    noise_of: Callable[[Branch], Tensor]  # (examples, out_features, rank) in the compute dtype
+    noise_of: Callable[[Branch], Noise]
     example: Tensor  # (rows,) int64: which slice of the noise a row of one stream takes
     steps: tuple[float, ...]  # s·mu of each stream: (+mu, −mu) central, (+mu, 0) forward
     exact: bool = False  # carry the tangent in dual tensors instead of perturbed copies
@@ -50,7 +52,8 @@ class PassContext:
     _tokens: slice = field(default_factory=lambda: slice(None))  # those that the layers see now
     _refreshed: set[tuple[int, int | None]] = field(default_factory=set)
     _products: dict[int, Tensor] = field(default_factory=dict)
-    _energies: dict[str, list[Tensor]] = field(default_factory=dict)
+    _energies: dict[int, tuple[Branch, Tensor]] = field(default_factory=dict)  # by layer: of y and Aᵀ x, on the device
+    _coordinates: tuple[weakref.ref[Tensor], Tensor, Tensor] | None = None  # the last input, its basis, and Aᵀ x
 
     @contextmanager
     def running(
@@ -65,10 +68,15 @@ class PassContext:
         before = self.mask, self.perturbation, self.refresh, self.base_only
         self.mask, self.perturbation, self.refresh, self.base_only = mask, perturbation, refresh, base_only
         self._refreshed.clear()
+        if refresh is Refresh.IN_PASS:
+            self.forget()
         try:
             yield
+            if refresh is Refresh.IN_PASS:
+                self.finish_scales()
         finally:
             self.mask, self.perturbation, self.refresh, self.base_only = before
+            self._coordinates = None
 
     @contextmanager
     def seeing(self, tokens: slice) -> Iterator[None]:
@@ -86,17 +94,28 @@ class PassContext:
             return 1
         return len(self.perturbation.steps)
 
-    def unperturbed(self, values: Tensor) -> Tensor:  # (streams * rows, tokens, features)
-        """The valid tokens' (tokens, features) as they would be without perturbation.
+    def unperturbed(self, values: Tensor) -> Tensor:  # (streams * rows, tokens, features) -> (rows * tokens, features)
+        """The values as they would be without perturbation, zero at padding.
 
-        forward: the stream with step 0; central: the mean of the two signs, off by O(mu²) only.
+        forward: the stream with step 0; central: the mean of the two signs, off by O(mu²) only. Sums over tokens
+        do not see the zeros, and a GPU need not be asked how many tokens are valid.
         """
         assert self.mask is not None
         if self.n_streams == 2:
             assert self.perturbation is not None
             first, second = values.float().unflatten(0, (2, -1))
             values = second if self.perturbation.steps[1] == 0 else (first + second) / 2
-        return values[self.mask[:, self._tokens]]
+        return torch.where(self.mask[:, self._tokens].unsqueeze(-1), values, 0.0).flatten(0, 1)
+
+    def coordinates(self, group: InputGroup, inputs: Tensor) -> Tensor:  # (..., in_features) -> (..., rank)
+        """Aᵀ x of every token, computed once for the layers that are given the same tensor."""
+        if self._coordinates is not None:
+            known, basis, coordinates = self._coordinates
+            if known() is inputs and basis is group.basis:
+                return coordinates
+        coordinates = projected(inputs, group.basis.to(inputs.dtype))
+        self._coordinates = weakref.ref(inputs), group.basis, coordinates
+        return coordinates
 
     def see_input(self, group: InputGroup, inputs: Tensor) -> None:
         """Let the group's basis take part in the refresh; called by each of its layers, acts on the first."""
@@ -116,11 +135,17 @@ class PassContext:
         if not self.relative or self.refresh in (Refresh.NONE, Refresh.ACCUMULATE):
             return
         y = self.unperturbed(outputs).float()
-        p = self.unperturbed(inputs).float() @ branch.group.basis
-        parts = torch.stack([y.square().sum() / y.shape[1], p.square().sum()]).double()
-        self._energies.setdefault(branch.name, []).append(parts)
-        if self.refresh is Refresh.IN_PASS:
-            self.finish_scales([branch])
+        p = self.unperturbed(self.coordinates(branch.group, inputs)).float()
+        energies = torch.stack([y.square().sum() / y.shape[1], p.square().sum()]).double()
+        _, before = self._energies.get(branch.index, (branch, torch.zeros_like(energies)))
+        self._energies[branch.index] = branch, before + energies
+
+    def scale_of(self, branch: Branch) -> Tensor | float:
+        """The branch's scale s; in the pass that finds it a scalar on the device, so that nobody waits for it."""
+        if branch.index not in self._energies:
+            return branch.scale
+        outputs, projections = self._energies[branch.index][1]
+        return torch.where(projections > 0, outputs / projections, 0.0).sqrt()
 
     def forget(self) -> None:
         """Drop what an interrupted refresh has left half summed."""
@@ -133,10 +158,12 @@ class PassContext:
             if group.index in self._products:
                 group.basis = next_basis(self._products.pop(group.index), group.basis)
 
-    def finish_scales(self, branches: list[Branch]) -> None:
-        """The branches' scales from all micro-batches seen since the last call."""
-        for branch in branches:
-            if branch.name in self._energies:
-                outputs, projections = torch.stack(self._energies.pop(branch.name)).sum(0).tolist()
-                if math.isfinite(outputs + projections):  # else the loss will tell, and name the rows
-                    branch.scale = (outputs / projections) ** 0.5 if projections > 0 else 0.0
+    def finish_scales(self) -> None:
+        """The scales from all micro-batches seen since the last call; asks the device once for all layers."""
+        if not self._energies:
+            return
+        branches, energies = zip(*self._energies.values(), strict=True)
+        self._energies.clear()
+        for branch, (outputs, projections) in zip(branches, torch.stack(energies).tolist(), strict=True):
+            if math.isfinite(outputs + projections):  # else the loss will tell, and name the rows
+                branch.scale = (outputs / projections) ** 0.5 if projections > 0 else 0.0

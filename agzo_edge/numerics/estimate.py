@@ -2,8 +2,10 @@
 
 import math
 
-import torch
 from torch import Tensor
+
+from agzo_edge.numerics.noise import Noise
+from agzo_edge.numerics.perturb import kernels_for
 
 
 def projected_gradients(
@@ -59,15 +61,11 @@ def clipped(projected: Tensor, *, limit: float) -> Tensor:
 
 
 def gradient_estimate(
-    noise: Tensor,  # (examples, out_features, rank)
-    weighted: Tensor,  # (examples,): w_b g_b
+    noise: Noise,
+    weighted: Tensor,  # (examples,): w_b g_b, on the noise's device
 ) -> Tensor:  # (out_features, rank) float32
     """The estimate of dL/dC, sum_b w_b g_b R_b. Source: AGZO with a direction for each example, DESIGN 2."""
-    examples, out_features, rank = noise.shape
-    flat = noise.reshape(examples, out_features * rank).float()
-    return (weighted.float().to(flat.device) @ flat).reshape(out_features, rank)
-
-
-def all_finite(losses: Tensor) -> bool:
-    """Whether no loss is NaN or infinite."""
-    return bool(torch.isfinite(losses).all())
+    weighted = weighted.float()
+    if (kernels := kernels_for(noise)) is not None:
+        return kernels.weighted_signs(noise.stored, weighted, shape=noise.shape[1:])
+    return (weighted @ noise.dense().flatten(1)).view(noise.shape[1:])

@@ -77,7 +77,7 @@ def _of_layer(name: str, layer: FrozenLinear, *, transposed: bool) -> Iterator[L
     def read() -> Tensor:
         weight = layer.base.dense().float()
         branch = getattr(layer, "branch", None)
-        if branch is not None and branch.factors(torch.float32) is not None:
+        if branch is not None and not branch.is_untouched:
             weight = weight + branch.learned().dense()
         return weight.mT if transposed else weight
 

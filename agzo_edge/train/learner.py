@@ -94,6 +94,7 @@ class Learner:
         shares = measured.weights * self._normalized(measured.projected)
         if not move:
             return
+        shares = shares.to(self.branches[0].c.device)  # once: the layers' updates follow without waiting
         for branch in self.branches:
             noise = draw_noise(
                 self.config.noise,

@@ -11,8 +11,8 @@ from agzo_edge.errors import NonFiniteLossError
 from agzo_edge.model.branch import Branch
 from agzo_edge.model.passes import Perturbation, Refresh
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.numerics.estimate import all_finite, projected_gradients
-from agzo_edge.numerics.noise import draw_noise
+from agzo_edge.numerics.estimate import projected_gradients
+from agzo_edge.numerics.noise import Noise, draw_noise
 from agzo_edge.train.data import Batch
 from agzo_edge.train.learner import Learner, Measurement
 from agzo_edge.train.objective import GOALS, Goal, loss_of, run_layers
@@ -94,8 +94,10 @@ def measure(
     Raises NonFiniteLossError, naming the rows.
     """
     goal = (goal or GOALS[config.objective]).at(step)
-    losses = [_losses(model, batch, goal, step=step, mu=mu, config=config, refresh=refresh) for batch in batches]
-    return _measured(torch.cat(losses, dim=1).cpu(), batches, mu=mu, config=config)
+    parts = [_losses(model, batch, goal, step=step, mu=mu, config=config, refresh=refresh) for batch in batches]
+    losses = torch.cat(parts, dim=1).cpu()  # the one moment of a step that waits for the device
+    _require_finite(losses, batches, step=step, mu=mu)
+    return _measured(losses, batches, mu=mu, config=config)
 
 
 def _losses(
@@ -111,36 +113,25 @@ def _losses(
             first_example=0 if shared else batch.first_example,
             step=step,
             config=config,
-            dtype=model.dtype,
         ),
         example=torch.zeros_like(on_device.example) if shared else on_device.example,
         steps=steps,
         exact=config.difference == "exact",
     )
     passes = [perturbation] if config.fuse_signs else [replace(perturbation, steps=(each,)) for each in steps]
-    losses = torch.cat(
+    return torch.cat(
         [loss_of(model, on_device, objective=goal, perturbation=each, refresh=refresh) for each in passes]
     )
-    if not all_finite(losses):
-        bad = [place for place, ok in zip(batch.places, losses.isfinite().all(0).tolist(), strict=True) if not ok]
-        raise NonFiniteLossError(
-            f"step {step}: the loss of {', '.join(bad[:5])} is not finite. Nothing was learned from this step; "
-            f"try a smaller --mu (now {mu:g}), --dtype float32, or look at these rows"
-        )
-    return losses
 
 
-def _noise_of(
-    *, n_examples: int, first_example: int, step: int, config: RunConfig, dtype: torch.dtype
-) -> Callable[[Branch], Tensor]:
-    """The noise of a micro-batch as a function of the branch: (examples, out_features, rank)."""
+def _noise_of(*, n_examples: int, first_example: int, step: int, config: RunConfig) -> Callable[[Branch], Noise]:
+    """The noise of a micro-batch as a function of the branch."""
 
-    def noise_of(branch: Branch) -> Tensor:
+    def noise_of(branch: Branch) -> Noise:
         return draw_noise(
             config.noise,
             (n_examples, *branch.c.shape),
             device=branch.c.device,
-            dtype=dtype,
             seed=config.seed,
             step=step,
             layer=branch.index,
@@ -148,6 +139,17 @@ def _noise_of(
         )
 
     return noise_of
+
+
+def _require_finite(losses: Tensor, batches: Sequence[Batch], *, step: int, mu: float) -> None:
+    """Raise NonFiniteLossError naming the rows whose loss is NaN or infinite, if there are any."""
+    places = [place for batch in batches for place in batch.places]
+    bad = [place for place, ok in zip(places, losses.isfinite().all(0).tolist(), strict=True) if not ok]
+    if bad:
+        raise NonFiniteLossError(
+            f"step {step}: the loss of {', '.join(bad[:5])} is not finite. Nothing was learned from this step; "
+            f"try a smaller --mu (now {mu:g}), --dtype float32, or look at these rows"
+        )
 
 
 def _measured(losses: Tensor, batches: Sequence[Batch], *, mu: float, config: RunConfig) -> tuple[Measurement, float]:
@@ -172,4 +174,4 @@ def find_bases(model: EdgeModel, batches: Sequence[Batch], config: RunConfig) ->
         for batch in batches:
             run_layers(model, batch.to(model.device), refresh=refresh)
         model.context.finish_iteration(model.groups)
-        model.context.finish_scales(model.branches)
+        model.context.finish_scales()

@@ -28,7 +28,9 @@ def learn(b: Branch, seed: int) -> torch.Tensor:
 def test_a_new_branch_has_learned_nothing() -> None:
     b = branch()
     assert torch.equal(b.learned().dense(), torch.zeros(8, 6))
-    assert b.factors(torch.float32) is None
+    assert b.is_untouched
+    assert b.window is None
+    assert b.folded_in(torch.float32) is None
     assert b.fold(keep_rank=1, random_bits=no_rounding) == 0.0
     assert b.folded.rank == 0
 
@@ -66,18 +68,14 @@ def test_folding_compresses_once_the_sum_is_twice_as_wide_as_it_may_stay() -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_factors_follow_every_change_and_are_kept_between(dtype: torch.dtype) -> None:
+def test_the_folded_windows_are_cast_once_and_follow_every_fold(dtype: torch.dtype) -> None:
     b = branch()
     for window in range(3):
         learn(b, window)
-        for _ in range(2):
-            b.c.add_(1.0)
-            b.steps_in_window += 1
-            factors = b.factors(dtype)
-            assert factors is not None
-            assert b.factors(dtype) is factors
-            assert_close(factors.dense().float(), b.learned().dense(), rtol=0.05, atol=0.05)
+        assert b.window is b.c
         b.fold(keep_rank=16, random_bits=no_rounding)
-        factors = b.factors(dtype)
-        assert factors is not None
-        assert_close(factors.dense().float(), b.folded.dense(), rtol=0.05, atol=0.05)
+        assert b.window is None
+        folded = b.folded_in(dtype)
+        assert folded is not None
+        assert b.folded_in(dtype) is folded
+        assert_close(folded.dense().float(), b.folded.dense(), rtol=0.05, atol=0.05)

@@ -17,14 +17,14 @@ from torch.testing import assert_close
 from agzo_edge.model.branch import Branch
 from agzo_edge.model.passes import Perturbation
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.numerics.noise import draw_noise
+from agzo_edge.numerics.noise import Noise, draw_noise
 from agzo_edge.train.data import Batch
 from agzo_edge.train.objective import loss_of
 
 MU = 0.01
 
 
-def noise_of(branch: Branch) -> Tensor:
+def noise_of(branch: Branch) -> Noise:
     return draw_noise("sign", (2, *branch.c.shape), seed=1, step=0, layer=branch.index, first_example=0)
 
 
@@ -48,7 +48,7 @@ def test_both_signs_in_one_pass_are_the_dense_perturbation_of_each_row(family: s
             dense = dense_reference(
                 model,
                 lambda b, sign=sign, example=example: (
-                    b.learned().dense() + sign * MU * b.scale * noise_of(b)[example] @ b.group.basis.T
+                    b.learned().dense() + sign * MU * b.scale * noise_of(b).dense()[example] @ b.group.basis.T
                 ),
             )
             valid = batch.attention_mask[row].bool()

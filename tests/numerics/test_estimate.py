@@ -11,7 +11,6 @@ from torch.testing import assert_close
 from agzo_edge.numerics.basis import starting_basis
 from agzo_edge.numerics.estimate import (
     Spread,
-    all_finite,
     clipped,
     gradient_estimate,
     mean_square,
@@ -38,7 +37,7 @@ def test_the_estimates_mean_is_the_gradient_inside_the_basis(kind: NoiseKind) ->
     estimates = []
     for step in range(draws):
         noise = draw_noise(kind, (examples, out_features, rank), seed=1, step=step, layer=0, first_example=0)
-        projected = (gradients * (noise @ basis.T)).sum((1, 2))
+        projected = (gradients * (noise.dense() @ basis.T)).sum((1, 2))
         estimates.append(gradient_estimate(noise, weights * projected) @ basis.T)
     stacked = torch.stack(estimates)
     expected = torch.einsum("b,boi->oi", weights, gradients) @ basis @ basis.T
@@ -52,9 +51,8 @@ def test_the_estimates_mean_is_the_gradient_inside_the_basis(kind: NoiseKind) ->
 def test_the_estimate_is_the_weighted_sum_of_the_noise(examples: int, out_features: int, rank: int) -> None:
     noise = draw_noise("sign", (examples, out_features, rank), seed=1, step=2, layer=3, first_example=0)
     weighted = torch.linspace(-1, 2, examples)
-    expected = sum(w * r for w, r in zip(weighted, noise, strict=True))
+    expected = sum(w * r for w, r in zip(weighted, noise.dense(), strict=True))
     assert_close(gradient_estimate(noise, weighted), expected)
-    assert torch.equal(gradient_estimate(noise.bfloat16(), weighted), gradient_estimate(noise, weighted))
 
 
 def test_the_spread_is_an_exponential_mean_with_its_bias_corrected() -> None:
@@ -89,9 +87,3 @@ def test_clipping_cuts_both_ends_and_a_limit_of_zero_cuts_nothing() -> None:
     projected = torch.tensor([-5.0, 0.5, 9.0])
     assert clipped(projected, limit=2.0).tolist() == [-2.0, 0.5, 2.0]
     assert clipped(projected, limit=0.0) is projected
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_one_bad_loss_is_found(bad: float) -> None:
-    assert all_finite(torch.zeros(2, 3))
-    assert not all_finite(torch.tensor([[0.0, 1.0], [bad, 2.0]]))

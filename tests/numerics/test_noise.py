@@ -66,17 +66,17 @@ def test_words_are_those_of_philox_as_published() -> None:
 def test_an_examples_noise_depends_on_its_number_alone(
     first: int, n: int, out_features: int, rank: int, kind: str
 ) -> None:
-    many = draw_noise(kind, (first + n, out_features, rank), first_example=0, **KEY)
-    some = draw_noise(kind, (n, out_features, rank), first_example=first, **KEY)
+    many = draw_noise(kind, (first + n, out_features, rank), first_example=0, **KEY).dense()
+    some = draw_noise(kind, (n, out_features, rank), first_example=first, **KEY).dense()
     assert torch.equal(many[first:], some)
 
 
 def test_every_part_of_the_key_counts() -> None:
     shape = (2, 64, 4)
     base = {**KEY, "first_example": 0}
-    draws = [draw_noise("sign", shape, **base)]
-    draws += [draw_noise("sign", shape, **{**base, name: base[name] + 1}) for name in KEY]
-    draws += [draw_noise("sign", shape, **{**base, "first_example": 2})]
+    draws = [draw_noise("sign", shape, **base).dense()]
+    draws += [draw_noise("sign", shape, **{**base, name: base[name] + 1}).dense() for name in KEY]
+    draws += [draw_noise("sign", shape, **{**base, "first_example": 2}).dense()]
     for i, a in enumerate(draws):
         assert not torch.equal(a[0], a[1])
         for b in draws[:i]:
@@ -84,7 +84,7 @@ def test_every_part_of_the_key_counts() -> None:
 
 
 def test_the_largest_seed_draws() -> None:
-    signs = draw_noise("sign", (1, 4, 1), seed=2**63 - 1, step=2**40, layer=2**62, first_example=0)
+    signs = draw_noise("sign", (1, 4, 1), seed=2**63 - 1, step=2**40, layer=2**62, first_example=0).dense()
     assert signs.abs().flatten().tolist() == [1.0] * 4
 
 
@@ -107,7 +107,7 @@ def test_packed_signs_hold_one_bit_for_each_entry_of_any_shape(shape: tuple[int,
 
 
 def test_signs_have_mean_0_and_variance_1_and_do_not_repeat_across_features() -> None:
-    signs = draw_noise("sign", (64, 512, 4), first_example=0, **KEY)
+    signs = draw_noise("sign", (64, 512, 4), first_example=0, **KEY).dense()
     assert signs.square().unique().tolist() == [1.0]
     assert abs(float(signs.mean())) < 5 / signs.numel() ** 0.5
     flat = signs.reshape(64, -1)
@@ -116,7 +116,7 @@ def test_signs_have_mean_0_and_variance_1_and_do_not_repeat_across_features() ->
 
 
 def test_gaussian_noise_has_the_moments_of_a_standard_normal() -> None:
-    values = draw_noise("gaussian", (64, 512, 4), first_example=0, **KEY).double()
+    values = draw_noise("gaussian", (64, 512, 4), first_example=0, **KEY).dense().double()
     n = values.numel()
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(float(values.pow(power).mean()) - moment) < 5 * (variance / n) ** 0.5

@@ -57,7 +57,7 @@ def test_a_step_is_the_textbook_one(normalize: bool) -> None:
     spread = float(step.projected.square().mean().sqrt()) if normalize else 1.0
     for branch in learner.branches:
         noise = draw_noise("sign", (3, *branch.c.shape), seed=9, step=4, layer=branch.index, first_example=0)
-        estimate = torch.einsum("b,b,bor->or", WEIGHTS, step.projected, noise)
+        estimate = torch.einsum("b,b,bor->or", WEIGHTS, step.projected, noise.dense())
         assert_close(branch.c, -0.1 * branch.scale * estimate / spread)
 
 

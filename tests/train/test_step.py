@@ -74,7 +74,7 @@ def true_derivatives(model: EdgeModel, batch: Batch, config: RunConfig, *, step:
                 step=step,
                 layer=branch.index,
                 first_example=first,
-            )[0]
+            ).dense()[0]
             total += float((gradient * (branch.scale * noise @ branch.group.basis.T)).sum())
         derivatives.append(total)
     return torch.tensor(derivatives)
@@ -237,7 +237,7 @@ class DenseAlgorithm1:
             basis /= basis.norm()
         self.bases[name] = basis
         shape = (1, self.weight(name).shape[0], 1)
-        noise = draw_noise("gaussian", shape, seed=self.seed, step=step, layer=index, first_example=0)[0]
+        noise = draw_noise("gaussian", shape, seed=self.seed, step=step, layer=index, first_example=0).dense()[0]
         return noise @ basis.T
 
 

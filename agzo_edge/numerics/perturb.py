@@ -1,0 +1,74 @@
+"""The window's part of a branch, learned and perturbed, in one pass over the output: (C ± s mu R_b) (Aᵀ x).
+
+Both ways to compute it give the same numbers up to rounding: torch's batched products, which run anywhere,
+and a Triton kernel (`kernels.py`) that reads the signs as bits, for a GPU where Triton is installed.
+"""
+
+import importlib
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agzo_edge.numerics.noise import Noise
+
+
+def kernels_for(noise: Noise) -> Any | None:
+    """The Triton kernels, where they can take this noise: signs, on a GPU, Triton installed; else None."""
+    return _kernels() if noise.is_packed and noise.stored.is_cuda else None
+
+
+@cache
+def _kernels() -> Any | None:
+    return importlib.import_module("agzo_edge.numerics.kernels") if find_spec("triton") else None
+
+
+def perturbed_product(
+    coordinates: Tensor,  # (streams * rows, tokens, rank): Aᵀ x
+    noise: Noise,
+    *,
+    example: Tensor,  # (rows,) int64: the slice of the noise that a row of one stream takes
+    factors: tuple[float, ...],  # s mu of each stream
+    coefficients: Tensor | None = None,  # (out_features, rank) float32: C; None is zero
+    onto: Tensor | None = None,  # (streams * rows, tokens, out_features): added to, in place
+) -> Tensor:  # (streams * rows, tokens, out_features)
+    """(C + factor R_b) Aᵀ x of every token, each row with its example's noise and its stream's factor.
+
+    Source: AGZO, arXiv 2601.17261, the perturbation mu R Aᵀ, here on the layer's output.
+    """
+    if (kernels := kernels_for(noise)) is not None:
+        product: Tensor = kernels.perturbed_product(
+            coordinates, noise, example=example, factors=factors, coefficients=coefficients, onto=onto
+        )
+        return product
+    product_in = _joined_product if coordinates.dtype is torch.float32 else _separate_product
+    of_rows = noise.dense(coordinates.dtype)[example]  # (rows, out_features, rank)
+    return product_in(coordinates, of_rows, factors=factors, coefficients=coefficients, onto=onto)
+
+
+def _joined_product(
+    coordinates: Tensor, noise: Tensor, *, factors: tuple[float, ...], coefficients: Tensor | None, onto: Tensor | None
+) -> Tensor:
+    """One product with C + factor R_b: a pass less over the output (measured: docs/decisions/0040)."""
+    if coefficients is None:
+        weights = torch.cat([noise * factor for factor in factors])
+    else:
+        weights = torch.cat([torch.add(coefficients, noise, alpha=factor) for factor in factors])
+    return torch.bmm(coordinates, weights.mT) if onto is None else onto.baddbmm_(coordinates, weights.mT)
+
+
+def _separate_product(
+    coordinates: Tensor, noise: Tensor, *, factors: tuple[float, ...], coefficients: Tensor | None, onto: Tensor | None
+) -> Tensor:
+    """The same in 16 bit, where C + factor R_b would round away the noise's digits: its signs alone are exact."""
+    beta = 0 if onto is None else 1
+    result = coordinates.new_empty(*coordinates.shape[:-1], noise.shape[1]) if onto is None else onto
+    streams = len(factors)
+    for part, p_part, factor in zip(result.chunk(streams), coordinates.chunk(streams), factors, strict=True):
+        part.baddbmm_(p_part, noise.mT, beta=beta, alpha=factor)
+    if coefficients is not None:
+        flat = coordinates.reshape(-1, coordinates.shape[-1])
+        result.view(-1, result.shape[-1]).addmm_(flat, coefficients.to(flat.dtype).mT)
+    return result
