@@ -19,6 +19,7 @@ from agzo_edge.model.passes import PassContext
 from agzo_edge.model.pieces import let_mlps_work_in_pieces
 from agzo_edge.model.runtime import EdgeModel, attach_branches
 from agzo_edge.model.weights import HeldWeight, base_weight_of, is_linear, quantized
+from agzo_edge.model.workspace import Workspace
 
 
 def load_model(source: str, config: RunConfig) -> EdgeModel:
@@ -59,19 +60,15 @@ def _replace_layers(
     head = network.get_output_embeddings()
     place = place_of(device, outside=config.offload == "layers")
     layers = {name: module for name, module in network.named_modules() if is_linear(module)}
+    workspace = Workspace()
     for name, module in layers.items():
         bias = None if module.bias is None else module.bias.data.to(device, dtype, copy=True)
-        weight = base_weight_of(module, name=name, dtype=dtype)
-        layer: FrozenLinear
-        if module is head:  # it may be the embeddings, and is placed with them
-            layer = FrozenLinear(weight, bias)
-        elif name not in targets:
-            layer = FrozenLinear(quantized(weight, config, device=device, dtype=dtype).rehoused(place), bias)
-        else:
-            weight = quantized(weight, config, device=device, dtype=dtype)
-            opened = config.target == "dequantized"
+        weight = base_weight_of(module, name=name, dtype=dtype, workspace=workspace)
+        if module is not head:  # which may be the embeddings, and is placed with them
+            weight = quantized(weight, config, device=device, dtype=dtype, workspace=workspace)
+            opened = name in targets and config.target == "dequantized"
             weight = HeldWeight(weight, dtype=dtype) if opened else weight.rehoused(place)
-            layer = BranchedLinear(weight, bias, context=context)
+        layer = BranchedLinear(weight, bias, context=context) if name in targets else FrozenLinear(weight, bias)
         network.set_submodule(name, layer)
     return any("Conv1D" in (type(m).__name__, getattr(m, "source_cls", nn.Linear).__name__) for m in layers.values())
 

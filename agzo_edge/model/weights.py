@@ -2,11 +2,10 @@
 
 We never call bitsandbytes' modules: their CPU forward repacks the 4-bit weight to bfloat16 in place, and
 their 8-bit forward quantizes the activations, which drowns a finite difference (docs/decisions/0001).
-A weight is dequantized, used by one matmul and dropped; what is stored is only ever read.
+A weight is dequantized into the workspace and used by one matmul; what is stored is only ever read.
 """
 
 from collections.abc import Callable, Iterator
-from copy import copy
 from typing import Any, Protocol, Self
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError
+from agzo_edge.model.four_bit import FourBitWeight
+from agzo_edge.model.workspace import Workspace
 from agzo_edge.numerics.update import stochastically_rounded
 
 
@@ -28,7 +29,7 @@ class BaseWeight(Protocol):
         ...
 
     def dense(self) -> Tensor:
-        """The weight (out_features, in_features) in the compute dtype; valid until the next call."""
+        """The weight (out_features, in_features) in the compute dtype; valid until any other's is asked for."""
         ...
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
@@ -107,78 +108,16 @@ class HeldWeight:
         return self.weight.float() - self.origin.dense().float()
 
 
-class FourBitWeight:
-    """A bitsandbytes NF4 or FP4 weight: packed nibbles and a float32 scale for each block of 64."""
-
-    def __init__(self, packed: Tensor, state: Any, *, dtype: torch.dtype) -> None:
-        self.packed = packed
-        self.state = state
-        self.state.dtype = dtype  # what dequantize_4bit returns; a pre-quantized file may say otherwise
-        self.shape = (state.shape[0], state.shape[1])
-
-    @property
-    def kind(self) -> str:
-        """How it is stored."""
-        return str(self.state.quant_type)
-
-    def dense(self) -> Tensor:
-        """The dequantized weight, a fresh tensor."""
-        from bitsandbytes.functional import dequantize_4bit
-
-        if self.packed.is_cuda or self.shape[1] % self.state.blocksize == 0:
-            weight: Tensor = dequantize_4bit(self.packed, self.state)
-            return weight
-        return self._dense_by_blocks()
-
-    def _dense_by_blocks(self) -> Tensor:
-        """The same where rows and blocks do not end together.
-
-        Blocks run on through the rows, and bitsandbytes' CPU kernel (0.50.2) begins a new one with every row:
-        a quarter of the weight would be scaled wrongly. Taken as one row for each block, it is right; what is
-        left over at the end is a row of its own.
-        """
-        from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
-
-        state, size = self.state, self.state.blocksize
-        absmax = state.absmax
-        if state.nested:
-            absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-        n_values = self.shape[0] * self.shape[1]
-        whole = n_values // size
-        flat = torch.empty(n_values, dtype=state.dtype)
-        packed = self.packed.view(torch.uint8).view(-1)
-        parts = [(whole, size, slice(0, whole * size)), (1, n_values % size, slice(whole * size, n_values))]
-        for rows, width, place in parts:
-            if rows and width:
-                blocks = slice(place.start // size, -(-place.stop // size))
-                part = copy(state)
-                part.shape, part.absmax, part.nested = torch.Size((rows, width)), absmax[blocks], False
-                flat[place] = dequantize_4bit(packed[place.start // 2 : -(-place.stop // 2)], part).view(-1)
-        return flat.view(self.shape)
-
-    def stored(self) -> Iterator[tuple[str, Tensor]]:
-        """The packed nibbles and their scales, the nested ones too."""
-        yield "packed", self.packed
-        yield "absmax", self.state.absmax
-        if self.state.nested:
-            yield "nested_absmax", self.state.state2.absmax
-            yield "offset", self.state.offset
-
-    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
-        """The same weight, nibbles and scales elsewhere; the few numbers of code books and nested scales stay."""
-        state = copy(self.state)
-        state.absmax = place(state.absmax)
-        return type(self)(place(self.packed), state, dtype=state.dtype)
-
-
 class EightBitWeight:
     """A bitsandbytes int8 weight: each row scaled to ±127. The activations stay unquantized."""
 
-    def __init__(self, rows: Tensor, row_absmax: Tensor, *, dtype: torch.dtype) -> None:
+    def __init__(self, rows: Tensor, row_absmax: Tensor, *, dtype: torch.dtype, workspace: Workspace) -> None:
         self.rows = rows
         self.row_absmax = row_absmax
         self.dtype = dtype
+        self.workspace = workspace
         self.shape = (rows.shape[0], rows.shape[1])
+        workspace.expect(self.shape, dtype)
 
     @property
     def kind(self) -> str:
@@ -186,9 +125,10 @@ class EightBitWeight:
         return "int8"
 
     def dense(self) -> Tensor:
-        """The dequantized weight, a fresh tensor."""
+        """The dequantized weight, in the workspace."""
         scale = (self.row_absmax.float() / 127.0).to(self.dtype).unsqueeze(-1)
-        return self.rows.to(self.dtype).mul_(scale)
+        weight = self.workspace.tensor(self.shape, dtype=self.dtype, device=self.rows.device)
+        return torch.mul(self.rows, scale, out=weight)
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """The integers and the rows' scales."""
@@ -197,10 +137,12 @@ class EightBitWeight:
 
     def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
         """The same weight elsewhere."""
-        return type(self)(place(self.rows), place(self.row_absmax), dtype=self.dtype)
+        return type(self)(place(self.rows), place(self.row_absmax), dtype=self.dtype, workspace=self.workspace)
 
 
-def quantized(weight: BaseWeight, config: RunConfig, *, device: torch.device, dtype: torch.dtype) -> BaseWeight:
+def quantized(
+    weight: BaseWeight, config: RunConfig, *, device: torch.device, dtype: torch.dtype, workspace: Workspace
+) -> BaseWeight:
     """A dense weight in the width that `config` asks for, on `device`; one that is quantized already as it is.
 
     The bytes are those of bitsandbytes' own layers: a weight is rounded to the compute dtype first, for
@@ -214,33 +156,37 @@ def quantized(weight: BaseWeight, config: RunConfig, *, device: torch.device, dt
         return weight
     if config.load_in_8bit:
         rows, row_absmax, _ = int8_vectorwise_quant(weight.dense().to(device, torch.float16).contiguous())
-        return EightBitWeight(rows, row_absmax, dtype=dtype)
+        return EightBitWeight(rows, row_absmax, dtype=dtype, workspace=workspace)
     values = weight.dense().to(device, dtype)
     if config.load_in_4bit:
         packed, state = quantize_4bit(
             values.contiguous(), quant_type=config.quant_type, compress_statistics=config.double_quant
         )
-        return FourBitWeight(packed, state, dtype=dtype)
+        return FourBitWeight(packed, state, dtype=dtype, workspace=workspace)
     return DenseWeight(values)
 
 
-def base_weight_of(module: nn.Module, *, name: str, dtype: torch.dtype) -> BaseWeight:
+def base_weight_of(
+    module: nn.Module, *, name: str, dtype: torch.dtype, workspace: Workspace | None = None
+) -> BaseWeight:
     """The frozen weight of `module`, a linear layer of torch, transformers or bitsandbytes.
 
-    Raises ModelError for a layer whose kind is not known, by name.
+    A quantized one is dequantized into `workspace`, or into one of its own. Raises ModelError for a layer whose
+    kind is not known, by name.
     """
+    workspace = workspace or Workspace()
     kind = type(module).__name__
     weight: Any = module.weight
     if kind == "Linear4bit":
         if weight.quant_state is None:
             raise ModelError(f"{name}: the 4-bit layer carries no quantization state; is the checkpoint whole?")
-        return FourBitWeight(weight.data, weight.quant_state, dtype=dtype)
+        return FourBitWeight(weight.data, weight.quant_state, dtype=dtype, workspace=workspace)
     if kind == "Linear8bitLt":
         rows = weight.CB if weight.CB is not None else weight.data
         row_absmax = weight.SCB
         if row_absmax is None or rows.dtype is not torch.int8:
             raise ModelError(f"{name}: the 8-bit layer carries no row scales; is the checkpoint whole?")
-        return EightBitWeight(rows, row_absmax, dtype=dtype)
+        return EightBitWeight(rows, row_absmax, dtype=dtype, workspace=workspace)
     if kind == "Conv1D":
         return DenseWeight(weight.data, transposed=True)
     if isinstance(module, nn.Linear):

@@ -63,11 +63,11 @@ def _separate_product(
     coordinates: Tensor, noise: Tensor, *, factors: tuple[float, ...], coefficients: Tensor | None, onto: Tensor | None
 ) -> Tensor:
     """The same in 16 bit, where C + factor R_b would round away the noise's digits: its signs alone are exact."""
-    beta = 0 if onto is None else 1
-    result = coordinates.new_empty(*coordinates.shape[:-1], noise.shape[1]) if onto is None else onto
+    # zeros, not empty: with alpha = beta = 0 (a forward difference) torch 2.13 writes no 16-bit output on a CPU
+    result = coordinates.new_zeros(*coordinates.shape[:-1], noise.shape[1]) if onto is None else onto
     streams = len(factors)
     for part, p_part, factor in zip(result.chunk(streams), coordinates.chunk(streams), factors, strict=True):
-        part.baddbmm_(p_part, noise.mT, beta=beta, alpha=factor)
+        part.baddbmm_(p_part, noise.mT, alpha=factor)
     if coefficients is not None:
         flat = coordinates.reshape(-1, coordinates.shape[-1])
         result.view(-1, result.shape[-1]).addmm_(flat, coefficients.to(flat.dtype).mT)

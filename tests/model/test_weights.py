@@ -9,15 +9,16 @@ from torch import nn
 from torch.testing import assert_close
 
 from agzo_edge.errors import ModelError
+from agzo_edge.model.four_bit import FourBitWeight
 from agzo_edge.model.load import load_model
 from agzo_edge.model.weights import (
     DenseWeight,
     EightBitWeight,
-    FourBitWeight,
     HeldWeight,
     base_weight_of,
     is_linear,
 )
+from agzo_edge.model.workspace import Workspace
 from agzo_edge.numerics.noise import rounding_bits
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -60,7 +61,7 @@ def test_a_four_bit_weight_dequantizes_as_bitsandbytes_says_and_never_changes() 
 
 def test_an_eight_bit_weight_is_its_integers_times_the_rows_scale() -> None:
     rows = torch.tensor([[127, -127, 0], [64, 1, -1]], dtype=torch.int8)
-    weight = EightBitWeight(rows, torch.tensor([2.0, 0.127]), dtype=torch.float32)
+    weight = EightBitWeight(rows, torch.tensor([2.0, 0.127]), dtype=torch.float32, workspace=Workspace())
     assert_close(weight.dense(), torch.tensor([[2.0, -2.0, 0.0], [0.064, 0.001, -0.001]]))
 
 
@@ -84,7 +85,9 @@ def test_quantized_layers_without_their_scales_are_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"model\.x: the 4-bit layer carries no quantization state"):
         base_weight_of(Linear4bit(64, 64), name="model.x", dtype=torch.float32)
     with pytest.raises(ModelError, match=r"model\.x: the 8-bit layer carries no row scales"):
-        base_weight_of(Linear8bitLt(64, 64, has_fp16_weights=False), name="model.x", dtype=torch.float32)
+        base_weight_of(
+            Linear8bitLt(64, 64, has_fp16_weights=False), name="model.x", dtype=torch.float32, workspace=Workspace()
+        )
 
 
 def random_bits(shape: tuple[int, int], step: int) -> torch.Tensor:

@@ -1,0 +1,86 @@
+"""A bitsandbytes NF4 or FP4 weight, dequantized into a buffer that is there already."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from copy import copy
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from agzo_edge.model.workspace import Workspace
+
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # in the library's symbols
+
+
+class FourBitWeight:
+    """A bitsandbytes NF4 or FP4 weight: packed nibbles and a float32 scale for each block of 64."""
+
+    def __init__(self, packed: Tensor, state: Any, *, dtype: torch.dtype, workspace: Workspace) -> None:
+        self.packed = packed
+        self.state = state
+        self.state.dtype = dtype  # what dequantize_4bit returns; a pre-quantized file may say otherwise
+        self.shape = (state.shape[0], state.shape[1])
+        self.workspace = workspace
+        workspace.expect(self.shape, dtype)
+
+    @property
+    def kind(self) -> str:
+        """How it is stored."""
+        return str(self.state.quant_type)
+
+    def dense(self) -> Tensor:
+        """The dequantized weight, in the workspace."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = self.workspace.tensor(self.shape, dtype=self.state.dtype, device=self.packed.device)
+        if self.packed.is_cuda:
+            dequantize_4bit(self.packed, self.state, out=weight)
+        else:
+            _dequantize_on_cpu(self.packed, self.state, weight)
+        return weight
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """The packed nibbles and their scales, the nested ones too."""
+        yield "packed", self.packed
+        yield "absmax", self.state.absmax
+        if self.state.nested:
+            yield "nested_absmax", self.state.state2.absmax
+            yield "offset", self.state.offset
+
+    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
+        """The same weight, nibbles and scales elsewhere; the few numbers of code books and nested scales stay."""
+        state = copy(self.state)
+        state.absmax = place(state.absmax)
+        return type(self)(place(self.packed), state, dtype=state.dtype, workspace=self.workspace)
+
+
+def _dequantize_on_cpu(packed: Tensor, state: Any, weight: Tensor) -> None:
+    """Fill `weight` by bitsandbytes' CPU kernel, which its Python operator would hand a fresh buffer.
+
+    Blocks run on through the rows of a weight, and the kernel (0.50.2) begins a new one with every row: a quarter of
+    a weight whose width is no multiple of 64 would be scaled wrongly. So each block is handed over as a row of
+    its own, and what is left over at the end as one more.
+    """
+    from bitsandbytes.cextension import lib
+
+    fill = getattr(lib, f"cdequantize_blockwise_cpu_{state.quant_type}_{_DTYPE_NAMES[state.dtype]}")
+    absmax, size = _plain_absmax(state), int(state.blocksize)
+    whole, rest = divmod(weight.numel(), size)
+    for rows, width, block in ((whole, size, 0), (1, rest, whole)):
+        if rows and width:
+            fill(
+                ctypes.c_void_p(packed.data_ptr() + block * size // 2),
+                ctypes.c_void_p(absmax.data_ptr() + block * absmax.itemsize),
+                ctypes.c_void_p(weight.data_ptr() + block * size * weight.itemsize),
+                *map(ctypes.c_longlong, (size, rows, width)),
+            )
+
+
+def _plain_absmax(state: Any) -> Tensor:  # (blocks,) float32
+    """The scale of each block, its own quantization undone."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    if not state.nested:
+        return state.absmax.float()
+    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
