@@ -142,7 +142,7 @@ class PassContext:
 
     def scale_of(self, branch: Branch) -> Tensor | float:
         """The branch's scale s; in the pass that finds it a scalar on the device, so that nobody waits for it."""
-        if branch.index not in self._energies:
+        if self.refresh is not Refresh.IN_PASS or branch.index not in self._energies:
             return branch.scale
         outputs, projections = self._energies[branch.index][1]
         return torch.where(projections > 0, outputs / projections, 0.0).sqrt()

@@ -119,9 +119,7 @@ def _losses(
         exact=config.difference == "exact",
     )
     passes = [perturbation] if config.fuse_signs else [replace(perturbation, steps=(each,)) for each in steps]
-    return torch.cat(
-        [loss_of(model, on_device, objective=goal, perturbation=each, refresh=refresh) for each in passes]
-    )
+    return torch.cat([loss_of(model, on_device, objective=goal, perturbation=each, refresh=refresh) for each in passes])
 
 
 def _noise_of(*, n_examples: int, first_example: int, step: int, config: RunConfig) -> Callable[[Branch], Noise]:
