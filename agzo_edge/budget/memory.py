@@ -20,6 +20,13 @@ class Change(NamedTuple):
     fits: bool  # whether this change alone makes the plan fit
 
 
+class InPieces(NamedTuple):
+    """How the ladder would take a run that does not fit as it was asked for."""
+
+    how: str
+    device_bytes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """What a run will need, component by component, against its limits."""
@@ -32,6 +39,7 @@ class MemoryPlan:
     limit_bytes: int  # of the device that computes
     host_limit_bytes: int | None  # None: not checked, or the host is the device
     changes: tuple[Change, ...] = field(default=())
+    in_pieces: InPieces | None = None  # when it does not fit, and a rung of the ladder does
     qlora: QloraNeed | None = None  # for comparison
 
     def bytes_on(self, where: Where) -> int:
@@ -54,6 +62,11 @@ class MemoryPlan:
         host_fits = self.host_limit_bytes is None or self.bytes_on("host") <= self.host_limit_bytes
         return self.headroom_bytes >= 0 and host_fits
 
+    @property
+    def can_run(self) -> bool:
+        """Whether training with these settings would begin: as asked for, or in pieces."""
+        return self.fits or self.in_pieces is not None
+
     def to_dict(self) -> dict[str, Any]:
         """The plan for JSON; every amount in bytes."""
         return {
@@ -73,6 +86,7 @@ class MemoryPlan:
                 for part in self.components
             ],
             "changes": [change._asdict() for change in self.changes],
+            "in_pieces": None if self.in_pieces is None else self.in_pieces._asdict(),
             "qlora": None if self.qlora is None else self.qlora.to_dict(),
         }
 

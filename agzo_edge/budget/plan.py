@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.ladder import halvings, ladder, rung_words
-from agzo_edge.budget.memory import Change, MemoryPlan, computes_on_cpu, job_of, predicted_memory
+from agzo_edge.budget.memory import Change, InPieces, MemoryPlan, computes_on_cpu, job_of, predicted_memory
 from agzo_edge.budget.profile import Profile
 from agzo_edge.budget.qlora import qlora_need
 from agzo_edge.config import RunConfig
@@ -19,7 +19,7 @@ SMALLEST_ADAPTER_RANK = 4
 N_CHANGES = 3
 N_LARGEST = 4  # components named in a refusal
 
-_Predict = Callable[[RunConfig], MemoryPlan]
+Predict = Callable[[RunConfig], MemoryPlan]
 _Variant = tuple[str, RunConfig]  # flags, and the settings with them
 
 
@@ -54,7 +54,18 @@ def memory_plan(
     predict = partial(_predicted, facts, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
     plan = predict(config)
     job = job_of(facts, config, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
-    return replace(plan, changes=_changes(plan, _cheaper(config, facts, profile), predict), qlora=qlora_need(job))
+    changes = _changes(plan, _cheaper(config, facts, profile), predict)
+    return replace(plan, changes=changes, in_pieces=in_pieces(config, plan, predict), qlora=qlora_need(job))
+
+
+def in_pieces(config: RunConfig, plan: MemoryPlan, predict: Predict) -> InPieces | None:
+    """The first rung of the ladder that fits, None when `plan`, that of `config`, fits or no rung does."""
+    if plan.fits:
+        return None
+    for rung in ladder(config, row_tokens=plan.row_tokens):
+        if (tried := predict(rung)).fits:
+            return InPieces(rung_words(config, rung), tried.device_bytes)
+    return None
 
 
 def require_fits(plan: MemoryPlan) -> None:
@@ -117,7 +128,7 @@ def _predicted(facts: ModelFacts, profile: Profile, config: RunConfig, **rows: A
     return predicted_memory(facts, config, profile, **rows)
 
 
-def _changes(plan: MemoryPlan, kinds: Iterator[list[_Variant]], predict: _Predict) -> tuple[Change, ...]:
+def _changes(plan: MemoryPlan, kinds: Iterator[list[_Variant]], predict: Predict) -> tuple[Change, ...]:
     """Up to three changes: the cheapest that make the plan fit, then those that save most.
 
     Of each kind the mildest that makes it fit is taken, or the strongest when none does.

@@ -1,11 +1,12 @@
 """What fits on a machine: the same run with rows and batches of many sizes."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from agzo_edge.budget.facts import ModelFacts
-from agzo_edge.budget.ladder import ladder, rung_words
-from agzo_edge.budget.memory import predicted_memory
+from agzo_edge.budget.memory import MemoryPlan, predicted_memory
+from agzo_edge.budget.plan import in_pieces
 from agzo_edge.budget.profile import Profile
 from agzo_edge.config import RunConfig
 
@@ -63,13 +64,14 @@ def _resized(config: RunConfig, *, length: int, batch_size: int) -> RunConfig:
 
 
 def _cell(facts: ModelFacts, config: RunConfig, profile: Profile) -> Cell:
-    """The first rung of the ladder that fits."""
-    asked = predicted_memory(facts, config, profile)
+    """The run as asked for, else on the first rung of the ladder that fits."""
+    predict = partial(_predicted, facts, profile)
+    asked = predict(config)
     size = (config.max_seq_length, config.batch_size, asked.device_bytes)
-    if asked.fits:
-        return Cell(*size, asked.device_bytes, "fits", "")
-    for rung in ladder(config, row_tokens=asked.row_tokens):
-        plan = predicted_memory(facts, rung, profile)
-        if plan.fits:
-            return Cell(*size, plan.device_bytes, "in pieces", rung_words(config, rung))
-    return Cell(*size, asked.device_bytes, "refused", "")
+    if (pieces := in_pieces(config, asked, predict)) is not None:
+        return Cell(*size, pieces.device_bytes, "in pieces", pieces.how)
+    return Cell(*size, asked.device_bytes, "fits" if asked.fits else "refused", "")
+
+
+def _predicted(facts: ModelFacts, profile: Profile, config: RunConfig) -> MemoryPlan:
+    return predicted_memory(facts, config, profile)

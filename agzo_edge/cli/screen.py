@@ -85,7 +85,10 @@ def verdict(plan: "MemoryPlan") -> Text:
         for change in plan.changes
     ]
     advice = "\nwhat saves memory:" + "".join(changes) if changes else "\na smaller model is needed"
-    return Text.assemble(("does not fit: ", "bold red"), f"{text}, {over}{advice}")
+    if plan.in_pieces is None:
+        return Text.assemble(("does not fit: ", "bold red"), f"{text}, {over}{advice}")
+    taken = f"\n`train` takes it with {plan.in_pieces.how}: {format_bytes(plan.in_pieces.device_bytes)}"
+    return Text.assemble(("fits in pieces: ", "bold yellow"), f"{text}, {over}{taken}{advice}")
 
 
 def metrics_text(metrics: "Metrics") -> str:

@@ -111,7 +111,7 @@ def show_sweep(sweep: "Sweep", *, image: Path | None, as_json: bool) -> None:
 
 
 def show_plan(memory_plan: "MemoryPlan", *, as_json: bool) -> None:
-    """Show the plan and its verdict, and leave with exit code 3 when it does not fit."""
+    """Show the plan and its verdict, and leave with exit code 3 when `train` would refuse it."""
     if as_json:
         write_json(memory_plan.to_dict())
     else:
@@ -120,5 +120,5 @@ def show_plan(memory_plan: "MemoryPlan", *, as_json: bool) -> None:
         console.print()
         console.print(verdict(memory_plan))
         console.print(comparison(memory_plan))
-    if not memory_plan.fits:
+    if not memory_plan.can_run:
         raise typer.Exit(BudgetError.exit_code)

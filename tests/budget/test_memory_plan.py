@@ -164,6 +164,18 @@ def test_shrinking_takes_the_largest_micro_batch_that_fits_and_says_so() -> None
     assert not memory_plan(WIDE, twice, GPU).fits
 
 
+def test_a_plan_says_how_the_run_would_be_taken_that_does_not_fit_as_asked_for() -> None:
+    config = config_from({"batch_size": 16, "max_seq_length": 2048, "vram_limit": "2GiB"})
+    plan, fitted = memory_plan(WIDE, config, GPU), fitted_run(WIDE, config, GPU)
+    assert plan.can_run
+    assert not plan.fits
+    assert plan.in_pieces is not None
+    assert plan.in_pieces.device_bytes == fitted.plan.device_bytes
+    assert plan.in_pieces.how in fitted.notes[0]
+    refused = memory_plan(WIDE, config.model_copy(update={"on_overflow": "fail"}), GPU)
+    assert (refused.can_run, refused.in_pieces) == (False, None)
+
+
 def test_a_run_that_fits_is_left_as_it_is() -> None:
     config = config_from({})
     assert fitted_run(FACTS, config, GPU)[::2] == (config, ())

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from agzo_edge.budget.job import Component
-from agzo_edge.budget.memory import Change, MemoryPlan
+from agzo_edge.budget.memory import Change, InPieces, MemoryPlan
 from agzo_edge.budget.qlora import QloraNeed
 from agzo_edge.cli.as_json import event_object, json_line
 from agzo_edge.cli.course import Course
@@ -232,6 +232,9 @@ def test_verdict_says_how_much_is_spare_or_too_much_and_what_to_do() -> None:
     assert "does not fit" in too_small
     assert "1.00 GiB too much" in too_small
     assert "--micro-batch-size 2  saves 700.0 MiB" in too_small
+    in_pieces = replace(plan_of(3 * GIB), in_pieces=InPieces("micro-batches of 2", 2 * GIB))
+    assert "fits in pieces" in shown(verdict(in_pieces))
+    assert "micro-batches of 2: 2.00 GiB" in shown(verdict(in_pieces))
 
 
 def test_curve_falls_from_the_highest_block_to_the_lowest() -> None:
