@@ -5,6 +5,7 @@ A setting is a keyword argument with the name of a field of `RunConfig`; config.
 
 import json
 from collections.abc import Callable, Container, Mapping
+from contextlib import closing
 from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,7 @@ def evaluate(
     from agzo_edge.train.evaluate import evaluate as evaluated
     from agzo_edge.train.examples import load_examples
     from agzo_edge.train.goal import goal_of
+    from agzo_edge.train.reward import refused_as_data
 
     config = resolve({"model": _base_of(adapter) if model is None else model, "data": data, **settings})
     if config.data is None and config.eval_data is None:
@@ -141,9 +143,10 @@ def evaluate(
         config,
         split="validation" if config.eval_data else "test",
     )
-    loaded.require_positions(examples.report.longest_tokens)
+    loaded.require_positions(examples.report.longest_tokens + config.written_tokens)
     objective, batch_size = config.objective, config.batch_size
-    return evaluated(loaded, examples.examples, objective=objective, batch_size=batch_size, goal=goal_of(config))
+    with closing(goal_of(config)) as goal, refused_as_data():
+        return evaluated(loaded, examples.examples, objective=objective, batch_size=batch_size, goal=goal)
 
 
 def _base_of(adapter: str | Path | None) -> str | None:

@@ -141,6 +141,8 @@ class RunConfig(AgzoConfig, DataConfig):
             faults.append(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
         if self.target == "dequantized" and self.objective == "preference" and self.preference_loss == "dpo":
             faults.append("target dequantized writes into the base, which dpo refers to: use preference_loss simpo")
+        if self.objective == "reward" and self.difference == "exact":
+            faults.append("difference exact carries a derivative, which a reward has not: use central")
         if faults:
             raise ValueError("; ".join(faults))
         return self

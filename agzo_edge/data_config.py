@@ -7,11 +7,12 @@ from pydantic import BaseModel, Field, model_validator
 
 from agzo_edge.templates import pattern_fault, template_fault
 
-Objective = Literal["lm", "choice", "preference"]
+Objective = Literal["lm", "choice", "preference", "reward"]
 METRICS: Mapping[Objective, tuple[str, ...]] = {  # what an evaluation tells
     "lm": ("loss",),
     "choice": ("loss", "accuracy", "macro_f1"),
     "preference": ("loss", "accuracy"),
+    "reward": ("loss", "reward"),
 }
 
 
@@ -40,6 +41,19 @@ class DataConfig(BaseModel):
     beta: float | None = Field(
         None, gt=0, description="How sharply preferences are told apart; by default 0.1 for dpo and 2 for simpo."
     )
+    reward: str | None = Field(
+        None,
+        min_length=1,
+        description="Reward: exact_match, f1, regex, json_schema, length, module:function or file.py:function.",
+    )
+    reward_argument: str | None = Field(
+        None, description="What a built-in reward needs: a regular expression, a schema's file, a number of characters."
+    )
+    reward_timeout_s: float = Field(10.0, gt=0, description="Seconds that a reward may take for one text.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest text that is written for a reward, in tokens.")
+    temperature: float = Field(
+        0.0, ge=0, description="Of the texts written for a reward while training; 0 takes the likeliest tokens."
+    )
     line_pattern: str | None = Field(
         None, min_length=1, description="Regular expression whose named groups make a row of each line of a .txt file."
     )
@@ -51,12 +65,17 @@ class DataConfig(BaseModel):
     )
 
     eval_steps: int = Field(100, ge=0, description="Evaluate every so many steps; 0 only before and after.")
-    metric_for_best_model: Literal["loss", "accuracy", "macro_f1"] = Field(
+    metric_for_best_model: Literal["loss", "accuracy", "macro_f1", "reward"] = Field(
         "loss", description="Metric by which the adapter in best/ is chosen, and stopping early decided."
     )
     early_stopping_patience: int = Field(
         0, ge=0, description="Stop after so many evaluations without a better one; 0 never stops."
     )
+
+    @property
+    def written_tokens(self) -> int:
+        """Tokens that are written after each prompt: none but for a reward."""
+        return self.max_new_tokens if self.objective == "reward" else 0
 
     @model_validator(mode="after")
     def _rows_can_be_made(self) -> Self:
@@ -70,6 +89,10 @@ class DataConfig(BaseModel):
             faults.append(f"{len(self.labels)} labels for {len(self.options)} options: give one for each")
         if self.line_pattern and (fault := pattern_fault(self.line_pattern)):
             faults.append(f"line_pattern {self.line_pattern!r}: {fault}")
+        if (self.objective == "reward") != (self.reward is not None):
+            faults.append(
+                "objective reward and the setting reward go together: --objective reward --reward exact_match"
+            )
         if self.metric_for_best_model not in METRICS[self.objective]:
             known = ", ".join(METRICS[self.objective])
             faults.append(

@@ -8,7 +8,8 @@
     │   └── AdapterError           an adapter, a journal or a run directory
     ├── BudgetError            3   the plan does not fit the limit; nothing was loaded
     ├── BudgetBrokenError      4   the limit was passed while running
-    └── NonFiniteLossError     1   a loss was NaN or infinite; the rows are named
+    ├── NonFiniteLossError     1   a loss was NaN or infinite; the rows are named
+    └── RewardError            1   a reward failed while running; the row is named
 
 An assertion is for our own mistakes; these are for the user's. A message names the thing,
 its value, the limit, and the first thing to try.
@@ -59,6 +60,10 @@ class BudgetBrokenError(AgzoError):
 
 class NonFiniteLossError(AgzoError):
     """A loss was NaN or infinite; the message names the step and the rows."""
+
+
+class RewardError(AgzoError):
+    """A reward raised, gave no number, or took too long; the message names the row."""
 
 
 def numbered(faults: Sequence[str], *, shown: int = 20) -> str:

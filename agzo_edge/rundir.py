@@ -222,7 +222,7 @@ def _are_numbers(metrics: Metrics) -> bool:
     """Whether each field has the type it should have."""
     if type(metrics.examples) is not int or not isinstance(metrics.intervals, dict):
         return False
-    told = [metrics.loss, *(x for x in (metrics.accuracy, metrics.macro_f1) if x is not None)]
+    told = [metrics.loss, *(x for x in (metrics.accuracy, metrics.macro_f1, metrics.reward) if x is not None)]
     spans = list(metrics.intervals.values())
     pairs = all(isinstance(span, list) and len(span) == 2 for span in spans)
     return pairs and all(type(x) in (int, float) for x in chain(told, *spans))

@@ -6,6 +6,7 @@ adapter to start from, the run to resume. After that, a step is on the disk befo
 
 import shutil
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,7 @@ from agzo_edge.train.guard import Guard
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.loop import probed_mu, rehearse, require_finite, run_steps
 from agzo_edge.train.objective import Goal
+from agzo_edge.train.reward import REWARD_MU, refused_as_data
 
 SAMPLE = Sampling(max_new_tokens=48)
 MERGED_NAME = "merged"  # with target = dequantized: the whole model as it is now
@@ -97,15 +99,17 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
             f"cut down; use --adapter-rank {widest}"
         )
     model = load_model(str(config.model), config)
-    model.require_positions(max(part.report.longest_tokens for part in (data, held_out) if part))
+    longest = max(part.report.longest_tokens for part in (data, held_out) if part)
+    model.require_positions(longest + config.written_tokens)
     set_learned(model.branches, changes)
     samples = demo.PROMPTS if config.model == str(demo.MODEL_DIR) else ()
-    account, goal = Account(config, planned, data, held_out, model.quantization), goal_of(config)
+    account = Account(config, planned, data, held_out, model.quantization)
     guard = Guard(model, planned.rungs)
-    evaluations = Evaluations(guard, model, goal, held_out, account.evaluations, out)
-    session = _Session(config, account, evaluations, model, goal, samples, out, guard)
-    events = session.resumed() if resume else session.begun()
-    yield from with_tensorboard(events, out) if config.report_to == "tensorboard" else events
+    with closing(goal_of(config)) as goal:
+        evaluations = Evaluations(guard, model, goal, held_out, account.evaluations, out)
+        session = _Session(config, account, evaluations, model, goal, samples, out, guard)
+        events = session.resumed() if resume else session.begun()
+        yield from with_tensorboard(events, out) if config.report_to == "tensorboard" else events
 
 
 def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]) -> Planned:
@@ -154,13 +158,16 @@ class _Session:
     def begun(self) -> Generator[Event]:
         """A run from its first step."""
         yield self._ready(0)
-        yield from self._rehearsed()
-        self.guard.run(partial(require_finite, self.model, self.account.data, goal=self.goal))
+        with refused_as_data():
+            yield from self._rehearsed()
+            self.guard.run(partial(require_finite, self.model, self.account.data, goal=self.goal))
+            yield from self.evaluations.made(0)
         answers = self._answers()
-        yield from self.evaluations.made(0)
         mu = self.config.mu
         if self.config.difference == "exact":
             mu = 1.0  # the tangent itself is carried, there is no perturbation to size
+        if mu == "auto" and self.config.objective == "reward":
+            mu = REWARD_MU
         if mu == "auto":
             probe = self.guard.run(partial(probed_mu, self.model, self.account.data, goal=self.goal))
             mu = probe.mu

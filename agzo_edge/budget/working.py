@@ -24,6 +24,8 @@ def working_components(job: Job) -> Iterator[Component]:
     """What a step takes on the device beyond what it holds, and what the loader takes beyond that."""
     logits = logits_chunk(job)
     parts = [activations(job), attention_mask(job), logits, workspace(job), noise(job)]
+    if job.config.written_tokens:
+        parts += [kv_cache(job), written_logits(job)]
     yield from parts
     working_bytes = sum(part.n_bytes for part in parts)
     yield allocator_slack(job, working_bytes=working_bytes, logits_bytes=logits.n_bytes)
@@ -101,6 +103,23 @@ def logits_chunk(job: Job) -> Component:
     entry_bytes = carried * (FLOAT32_BYTES + job.value_bytes + job.extra_float32_bytes)
     formula = f"{streams * positions:,} rows of logits x {vocab:,} tokens x {entry_bytes} B"
     return Component("logits chunk", streams * positions * vocab * entry_bytes, "device", formula)
+
+
+def kv_cache(job: Job) -> Component:
+    """The keys and values of every token of the prompts and of the texts written after them."""
+    facts, tokens = job.facts, job.row_tokens + job.config.written_tokens
+    token_bytes = 2 * facts.n_layers * facts.n_kv_heads * facts.head_dim * job.value_bytes
+    formula = f"{job.rows} rows x {tokens:,} tokens x {token_bytes:,} B"
+    # A cache grows by a copy: while a layer's is made longer, the old one is there as well.
+    n_bytes = job.rows * tokens * (token_bytes + token_bytes // facts.n_layers)
+    return Component("KV cache", n_bytes, "device", formula)
+
+
+def written_logits(job: Job) -> Component:
+    """The logits of each row's next token, and their probabilities while one is drawn: in all 4 float32, 2 float64."""
+    entry_bytes = 4 * FLOAT32_BYTES + 2 * 8
+    n_bytes = job.rows * job.facts.vocab_size * entry_bytes
+    return Component("next token", n_bytes, "device", f"{job.rows} rows x {job.facts.vocab_size:,} tokens x 32 B")
 
 
 def workspace(job: Job) -> Component:

@@ -18,7 +18,8 @@ Command = TypeVar("Command", bound=Callable[..., None])
 _ASIDE = {
     "Model": "model adapter load_in_4bit load_in_8bit quant_type double_quant dtype trust_remote_code",
     "Data": "data eval_data objective prompt_template completion_template options labels answer_field line_pattern "
-    "train_on mask_prompt max_seq_length overlong preference_loss beta batch_size group_by_length",
+    "train_on mask_prompt max_seq_length overlong batch_size group_by_length preference_loss beta reward "
+    "reward_argument reward_timeout_s max_new_tokens temperature",
     "Memory": "profile device vram_limit ram_limit on_overflow micro_batch_size fuse_signs logits_chunk "
     "mlp_chunk_tokens offload",
     "Output": "output_dir eval_steps metric_for_best_model early_stopping_patience save_steps report_to",

@@ -96,7 +96,8 @@ def metrics_text(metrics: "Metrics") -> str:
     parts = [f"loss {metrics.loss:.4f}"]
     parts += [] if metrics.accuracy is None else [f"accuracy {metrics.accuracy:.1%}"]
     parts += [] if metrics.macro_f1 is None else [f"macro-F1 {metrics.macro_f1:.3f}"]
-    parts += [f"perplexity {metrics.perplexity:,.4g}"] if metrics.accuracy is None else []
+    parts += [] if metrics.reward is None else [f"reward {metrics.reward:.4f}"]
+    parts += [f"perplexity {metrics.perplexity:,.4g}"] if metrics.is_likelihood else []
     return ", ".join([*parts, f"{metrics.examples:,} examples"])
 
 
@@ -105,13 +106,13 @@ def metrics_table(metrics: "Metrics") -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("metric", "value", "95 % interval"):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
-    told = {"loss": metrics.loss, "accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1}
+    told = {name: getattr(metrics, name) for name in ("loss", "accuracy", "macro_f1", "reward")}
     for name, value in told.items():
         if value is not None:
             interval = metrics.intervals.get(name)
             span = "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
             table.add_row(name.replace("_", "-"), f"{value:.4f}", span)
-    if metrics.accuracy is None:
+    if metrics.is_likelihood:
         table.add_row("perplexity", f"{metrics.perplexity:,.4g}", "")
     table.add_row("examples", f"{metrics.examples:,}", "")
     return table

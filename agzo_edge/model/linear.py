@@ -66,7 +66,7 @@ class BranchedLinear(FrozenLinear):
     def _as_rows(self, x: Tensor) -> Tensor:
         """`x` as (rows, tokens, in_features): OPT flattens rows and tokens before its MLP."""
         if x.ndim == 2 and self.context.mask is not None:
-            return x.view(-1, self.context.mask.shape[1], x.shape[1])
+            return x.view(self.context.n_streams * self.context.mask.shape[0], -1, x.shape[1])
         return x
 
     def _learned(

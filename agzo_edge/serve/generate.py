@@ -7,6 +7,7 @@ import torch
 from agzo_edge.config import Sampling
 from agzo_edge.errors import ModelError
 from agzo_edge.model.runtime import EdgeModel
+from agzo_edge.model.writing import stop_ids
 
 Message = Mapping[str, str]
 
@@ -69,13 +70,5 @@ class TextModel:
         }
         if sampling.temperature > 0:
             settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        ends = {self.model.tokenizer.eos_token_id, self._turn_end()} - {None}
-        return settings | ({"eos_token_id": sorted(ends)} if ends else {})
-
-    def _turn_end(self) -> int | None:
-        """The token that ends a turn of the chat template, where that is not the end of the text."""
-        known = self.model.tokenizer.get_added_vocab()
-        return next(
-            (known[token] for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>") if token in known),
-            None,
-        )
+        ends = stop_ids(self.model)
+        return settings | ({"eos_token_id": ends} if ends else {})

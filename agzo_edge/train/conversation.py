@@ -45,14 +45,19 @@ def conversation_row(
         return _Layout(messages, tokenizer, tools).row()
 
 
+def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, tools: Tools = None) -> list[int]:
+    """The tokens of a conversation up to where the model would begin to write."""
+    with _refusals():
+        return _ids(_without_nulls(messages), tokenizer, tools, add_generation_prompt=True)
+
+
 def exchange_row(
     prompt: Sequence[Message], completion: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, tools: Tools = None
 ) -> TokenRow:
     """A prompt of messages and the messages that answer it, all of the answer a label."""
-    prompt, completion = _without_nulls(prompt), _without_nulls(completion)
+    asked = prompt_ids(prompt, tokenizer, tools=tools)
     with _refusals():
-        asked = _ids(prompt, tokenizer, tools, add_generation_prompt=True)
-        whole = _ids([*prompt, *completion], tokenizer, tools)
+        whole = _ids(_without_nulls([*prompt, *completion]), tokenizer, tools)
     return labelled_from(n_shared(asked, whole), whole)
 
 

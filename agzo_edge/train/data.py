@@ -1,8 +1,9 @@
 """Examples, and batches of them as tensors."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ class Example:
     rows: tuple[TokenRow, ...]  # one for lm, one for each option for choice
     answer: int  # the right option's index; 0 for lm
     place: str  # "notes.jsonl:12"
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the row, for a reward to read
 
     @property
     def label_tokens(self) -> int:
@@ -72,6 +74,7 @@ class Batch:
     weights: Tensor  # (examples,) float32, shares of the step's whole batch, which sum to 1
     first_example: int  # number of this batch's first example within the step's
     places: tuple[str, ...]  # for each example: "notes.jsonl:12"
+    fields: tuple[Mapping[str, Any], ...] = ()  # for each example, for a reward to read
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -148,6 +151,7 @@ def _batch(
         weights=torch.from_numpy(weights),
         first_example=first_example,
         places=tuple(example.place for example in examples),
+        fields=tuple(example.fields for example in examples),
     )
 
 

@@ -29,7 +29,13 @@ class Metrics:
     loss: float  # lm: mean per label token, in nats; else the mean over examples
     accuracy: float | None = None  # share of examples whose right option, or better answer, is preferred
     macro_f1: float | None = None  # choice: over the places in the list of options
+    reward: float | None = None  # mean reward of the likeliest answers
     intervals: Mapping[str, Interval] = field(default_factory=dict)  # of 95 %, by the names above
+
+    @property
+    def is_likelihood(self) -> bool:
+        """Whether the loss is that of a text, which has a perplexity."""
+        return self.accuracy is None and self.reward is None
 
     @property
     def perplexity(self) -> float:
@@ -63,6 +69,8 @@ def evaluate(
     losses = torch.cat([outcome.losses.cpu().double() for outcome in outcomes]).numpy()
     predicted = [outcome.predicted.cpu() for outcome in outcomes if outcome.predicted is not None]
     metrics = _mean_loss(losses, torch.cat(weights).numpy())
+    if objective == "reward":
+        return _with_reward(metrics)
     if not predicted:
         return metrics
     told = _with_accuracy(metrics, torch.cat(predicted), torch.cat(answers))
@@ -72,6 +80,12 @@ def evaluate(
 def _mean_loss(losses: np.ndarray, weights: np.ndarray) -> Metrics:
     loss = float(weights @ losses / weights.sum())
     return Metrics(len(losses), loss, intervals={"loss": mean_interval(losses, weights)})
+
+
+def _with_reward(metrics: Metrics) -> Metrics:
+    """The loss is minus the reward, and so is its interval."""
+    low, high = metrics.intervals["loss"]
+    return replace(metrics, reward=0.0 - metrics.loss, intervals={**metrics.intervals, "reward": (-high, -low)})
 
 
 def _with_accuracy(metrics: Metrics, predicted: torch.Tensor, right: torch.Tensor) -> Metrics:

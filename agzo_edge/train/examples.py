@@ -1,6 +1,7 @@
 """The examples of a source: its rows as tokens, with an account of what became of each."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from agzo_edge.errors import DataError, numbered
 from agzo_edge.train.conversation import require_chat_template
 from agzo_edge.train.data import DataReport, Example, ExampleSet, Sample
 from agzo_edge.train.formats import SoundRow, answer_index, checked_row
-from agzo_edge.train.length import fitted_rows, longest_tokens
+from agzo_edge.train.length import fitted_prompt, fitted_rows, longest_tokens
 from agzo_edge.train.mapping import mapped_row
 from agzo_edge.train.order import chosen_examples, padding_share
 from agzo_edge.train.plain import text_rows
@@ -94,14 +95,19 @@ class ExampleMaker:
         longest = longest_tokens(rows)
         limit, overlong, bos_id = self.config.max_seq_length, self.config.overlong, self.tokenizer.bos_token_id
         try:
-            fitted = fitted_rows(rows, limit=limit, overlong=overlong, bos_id=bos_id)
+            if row.format == "prompt":
+                fitted = fitted_prompt(rows[0], limit=limit, overlong=overlong)
+            else:
+                fitted = fitted_rows(rows, limit=limit, overlong=overlong, bos_id=bos_id)
         except DataError as error:
             return Made(fault=str(error), longest_tokens=longest)
         if not fitted:
             return Made(longest_tokens=longest)
         answer = answer_index(row.fields["options"], row.fields["answer"]) if row.format == "choice" else 0
         assert answer is not None  # checked_row let it through
-        return Made(Example(fitted, answer, row.place), truncated=fitted is not rows, longest_tokens=longest)
+        fields = row.fields if row.format == "prompt" else {}
+        is_cut = longest > limit
+        return Made(Example(fitted, answer, row.place, fields), truncated=is_cut, longest_tokens=longest)
 
 
 @dataclass
@@ -174,6 +180,8 @@ def _sha256(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.answer} {[len(row.input_ids) for row in example.rows]}\n".encode())
+        if example.fields:  # a reward may read them all
+            digest.update(json.dumps(example.fields, sort_keys=True, default=str).encode())
         for row in example.rows:
             digest.update(row.input_ids.astype("<i8", copy=False).tobytes() + row.is_label.tobytes())
     return digest.hexdigest()

@@ -6,6 +6,7 @@
     alpaca              instruction, output and, where it says something, input
     text                a string, all of it learned
     preference          prompt, chosen and rejected: strings or messages; two whole conversations need no prompt
+    prompt              for a reward: a string or messages, and whatever fields the reward reads
     choice              prompt, options (two strings or more) and answer: its index, or the option itself
 
 The first format in this list whose fields a row has is the row's; other fields are ignored.
@@ -26,7 +27,7 @@ from agzo_edge.train.turns import (
     with_prompt,
 )
 
-Format = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text", "choice", "preference"]
+Format = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text", "choice", "preference", "prompt"]
 
 _FIELDS: Mapping[Objective, Mapping[Format, tuple[str, ...]]] = {
     "lm": {
@@ -38,6 +39,7 @@ _FIELDS: Mapping[Objective, Mapping[Format, tuple[str, ...]]] = {
     },
     "choice": {"choice": ("prompt", "options", "answer")},
     "preference": {"preference": ("chosen", "rejected")},
+    "reward": {"prompt": ("prompt",)},
 }
 
 
@@ -99,6 +101,10 @@ def row_faults(row: SoundRow) -> list[str]:
     if row.format == "choice":
         faults = string_faults("prompt", fields["prompt"])
         return faults + _choice_faults(fields["options"], fields["answer"])
+    if row.format == "prompt" and isinstance(fields["prompt"], list):
+        return conversation_faults(fields["prompt"], name="prompt") + tools_faults(fields)
+    if row.format == "prompt":
+        return string_faults("prompt", fields["prompt"])
     if row.format == "preference":
         return _preference_faults(fields)
     if row.format == "prompt-completion" and isinstance(fields["prompt"], list):

@@ -37,6 +37,18 @@ def fitted_rows(
     return rows
 
 
+def fitted_prompt(row: TokenRow, *, limit: int, overlong: Overlong) -> tuple[TokenRow, ...]:  # empty when dropped
+    """A prompt that is to be answered, no longer than `limit` tokens; one that is cut loses its start.
+
+    Raises DataError, without a place.
+    """
+    if len(row.input_ids) <= limit:
+        return (row,)
+    if overlong == "error":
+        raise DataError(f"{len(row.input_ids):,} tokens; the limit is {limit:,}")
+    return (TokenRow(row.input_ids[-limit:], row.is_label[-limit:]),) if overlong == "truncate" else ()
+
+
 def longest_tokens(rows: Sequence[TokenRow]) -> int:
     """The tokens of the longest row."""
     return max(len(row.input_ids) for row in rows)

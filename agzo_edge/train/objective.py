@@ -38,6 +38,9 @@ class Goal(ABC):
         """The goal of a step: one that draws random numbers draws that step's."""
         return self
 
+    def close(self) -> None:  # noqa: B027  # most hold nothing
+        """Let go of what the goal holds."""
+
 
 class LmGoal(Goal):
     """The mean negative log-likelihood of the label tokens; an example is its row."""

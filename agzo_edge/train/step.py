@@ -76,7 +76,8 @@ def agzo_step(
 
 def is_one_pass(batches: Sequence[Batch], config: RunConfig) -> bool:
     """Whether every layer meets all inputs of the step in one call."""
-    return len(batches) == 1 and config.fuse_signs and config.mlp_chunk_tokens is None
+    writes = config.objective == "reward"  # each token is a pass of its own
+    return len(batches) == 1 and config.fuse_signs and config.mlp_chunk_tokens is None and not writes
 
 
 def measure(

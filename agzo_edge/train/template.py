@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from agzo_edge.errors import DataError
-from agzo_edge.train.conversation import conversation_row, exchange_row
+from agzo_edge.train.conversation import conversation_row, exchange_row, prompt_ids
 from agzo_edge.train.formats import Format
 from agzo_edge.train.tokens import TokenRow, labelled_from, last_labels, n_shared
 from agzo_edge.train.turns import tools_of
@@ -28,6 +28,8 @@ def token_rows(
     """A row as tokens. Raises DataError, without a place, when the template refuses the row."""
     if row_format == "choice":
         return _option_rows(fields["prompt"], fields["options"], tokenizer)
+    if row_format == "prompt":
+        return (_prompt_row(fields, tokenizer),)
     if row_format == "preference":
         return _pair_rows(fields, tokenizer)
     if row_format in ("messages", "sharegpt"):
@@ -60,6 +62,14 @@ def _pair_rows(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 def needs_chat_template(fields: Mapping[str, Any], row_format: Format) -> bool:
     """Whether a row is messages, which nothing but a chat template can lay out."""
     return row_format in ("messages", "sharegpt") or isinstance(fields.get("prompt"), list)
+
+
+def _prompt_row(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenRow:
+    """A prompt that the model is to answer; nothing of it is a label."""
+    prompt = fields["prompt"]
+    ids = prompt_ids(prompt, tokenizer, tools=tools_of(fields)) if isinstance(prompt, list) else None
+    ids = _token_ids([prompt], tokenizer)[0] if ids is None else ids
+    return labelled_from(len(ids), ids)
 
 
 def _completed_row(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, *, ends: bool = True) -> TokenRow:

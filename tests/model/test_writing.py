@@ -1,0 +1,88 @@
+"""Text from many rows at once, against one row at a time and against transformers."""
+
+import pytest
+import torch
+from helpers import FAMILIES, dense_reference, teach_at_random, tiny_batch, tiny_model
+from torch import Tensor
+
+from agzo_edge.config import Sampling
+from agzo_edge.model.branch import Branch
+from agzo_edge.model.passes import Perturbation
+from agzo_edge.model.runtime import EdgeModel
+from agzo_edge.model.writing import left_padded, written_texts
+from agzo_edge.numerics.noise import draw_noise
+from agzo_edge.numerics.sampling import uniform_numbers
+from agzo_edge.serve.generate import TextModel
+from agzo_edge.train.data import Batch
+
+N_ROWS, N_NEW = 4, 6
+
+
+def perturbation(batch: Batch, *steps: float) -> Perturbation:
+    def noise_of(branch: Branch) -> Tensor:
+        return draw_noise("sign", (N_ROWS, *branch.c.shape), seed=0, step=0, layer=branch.index, first_example=0)
+
+    return Perturbation(noise_of=noise_of, example=batch.example, steps=steps)
+
+
+def texts(model: EdgeModel, batch: Batch, *steps: float, temperature: float = 0.0) -> list[str]:
+    def numbers(position: int) -> Tensor:
+        return uniform_numbers(len(batch.places), seed=1, step=0, position=position, first_example=batch.first_example)
+
+    with model.context.running(
+        mask=batch.attention_mask.bool(), perturbation=perturbation(batch, *steps) if steps else None
+    ):
+        return written_texts(
+            model,
+            batch.input_ids,
+            batch.attention_mask,
+            max_new_tokens=N_NEW,
+            temperature=temperature,
+            uniforms=numbers,
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_prompts_is_continued_as_each_one_alone(family: str) -> None:
+    model, batch = tiny_model(family), tiny_batch(N_ROWS)
+    teach_at_random(model)
+    plain = dense_reference(model, change=lambda branch: branch.learned().dense())
+    expected = []
+    for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+        prompt = ids[mask.bool()].unsqueeze(0)
+        for _ in range(N_NEW):
+            token = plain(prompt).logits[:, -1].argmax(-1, keepdim=True)
+            if int(token) == model.tokenizer.eos_token_id:
+                break
+            prompt = torch.cat([prompt, token], 1)
+        expected.append(model.tokenizer.decode(prompt[0, int(mask.sum()) :], skip_special_tokens=True).strip())
+    assert texts(model, batch) == expected
+
+
+def test_both_signs_write_what_each_one_writes_alone() -> None:
+    model, batch = tiny_model(), tiny_batch(N_ROWS)
+    together = texts(model, batch, 0.5, -0.5, temperature=1.0)
+    assert together == texts(model, batch, 0.5, temperature=1.0) + texts(model, batch, -0.5, temperature=1.0)
+    assert together[:N_ROWS] != together[N_ROWS:]
+
+
+def test_without_a_perturbation_both_streams_write_the_same_drawn_text() -> None:
+    model, batch = tiny_model(), tiny_batch(N_ROWS)
+    drawn = texts(model, batch, 0.0, 0.0, temperature=1.0)
+    assert drawn[:N_ROWS] == drawn[N_ROWS:]
+    assert drawn[:N_ROWS] == texts(model, batch, temperature=1.0)
+    assert drawn[:N_ROWS] != texts(model, batch)  # drawn, not the likeliest
+
+
+def test_one_prompt_is_answered_as_by_generate() -> None:
+    model = tiny_model()
+    ids = model.tokenizer("abc", return_tensors="pt").input_ids
+    with model.context.running(mask=torch.ones_like(ids).bool()):
+        (text,) = written_texts(model, ids, torch.ones_like(ids), max_new_tokens=N_NEW)
+    assert text == TextModel(model).generate("abc", sampling=Sampling(max_new_tokens=N_NEW))
+
+
+def test_padding_moves_to_the_front_and_nothing_else_moves() -> None:
+    ids, mask = left_padded(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]))
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
