@@ -31,7 +31,7 @@ OURS = "import time\n" + "\n".join(
         "hangs": "time.sleep(60)",
     }.items()
 )
-SETTINGS: dict[str, Any] = {"objective": "reward", "max_new_tokens": 6, "mu": 0.3, "directions": "example"}
+SETTINGS: dict[str, Any] = {"objective": "reward", "max_new_tokens": 6, "temperature": 1.0}
 
 
 @pytest.fixture
