@@ -46,8 +46,8 @@ def test_a_choice_row_is_known_by_its_three_fields() -> None:
 
 
 def test_a_row_of_no_format_is_told_what_it_has_and_what_it_needs() -> None:
-    assert faults_of({"prompt": "a", "answer": "b"}) == [
-        "f:1: fields 'prompt', 'answer': a row for objective lm needs messages; or conversations; "
+    assert faults_of({"answer": "b"}) == [
+        "f:1: fields 'answer': a row for objective lm needs messages; or conversations; "
         "or prompt and completion; or instruction and output; or text"
     ]
     assert "fields (none)" in faults_of({})[0]
