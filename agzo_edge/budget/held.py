@@ -118,12 +118,14 @@ def accumulated_adapter(job: Job) -> Component:
 
 
 def window(job: Job) -> Component:
-    """The present window in float32: each input's basis and the last window's, coefficients and moments."""
+    """The window in float32: each input's basis and the last one, coefficients, gradients and moments."""
     rank = job.config.rank
     bases = 2 * basis_entries(job)
     n_moments = MOMENTS[job.config.optimizer]
-    coefficients = (1 + n_moments) * sum(out * min(rank, inp) for out, inp in job.targets.values())
-    formula = f"rank {rank} x 4 B x (2 bases of each input, coefficients and {n_moments} moments of each layer)"
+    coefficients = (2 + n_moments) * sum(out * min(rank, inp) for out, inp in job.targets.values())
+    formula = (
+        f"rank {rank} x 4 B x (2 bases of each input, coefficients, gradient and {n_moments} moments of each layer)"
+    )
     return Component("window", (bases + coefficients) * FLOAT32_BYTES, "device", formula)
 
 

@@ -89,24 +89,17 @@ class Learner:
     def apply(self, step: int, measured: Measurement, *, learning_rate: float, move: bool = True) -> None:
         """Move every branch's coefficients: C ← C − lr · s · direction(sum_b w_b g_b R_b / v).
 
-        Without `move` the step is only seen, by the spread v, and its part of the sum is left out.
+        Without `move` the step is only seen, by the spread v, and its part of the sum is left out. All that takes
+        memory comes before the first change: a step that runs out of it has changed nothing, and may be taken again.
         """
-        shares = measured.weights * self._normalized(measured.projected)
-        if not move:
-            return
+        spread = Spread(total=self.spread.total, steps=self.spread.steps)
+        shares = measured.weights * self._normalized(measured.projected, spread)
         shares = shares.to(self.branches[0].c.device)  # once: the layers' updates follow without waiting
-        for branch in self.branches:
-            noise = draw_noise(
-                self.config.noise,
-                (shares.shape[0], *branch.c.shape),
-                device=branch.c.device,
-                seed=self.config.seed,
-                step=step,
-                layer=branch.index,
-                first_example=0,
-            )
+        gradients = [self._gradient(branch, step, shares) for branch in self.branches] if move else []
+        self.spread = spread
+        for branch, gradient in zip(self.branches, gradients, strict=False):
             direction = direction_(
-                gradient_estimate(noise, shares),
+                gradient,
                 branch.moments,
                 optimizer=self.config.optimizer,
                 step_in_window=branch.steps_in_window,
@@ -116,18 +109,31 @@ class Learner:
             branch.c.sub_(direction, alpha=learning_rate * branch.scale)
             branch.steps_in_window += 1
 
-    def _normalized(self, projected: Tensor) -> Tensor:
+    def _gradient(self, branch: Branch, step: int, shares: Tensor) -> Tensor:  # (out_features, rank)
+        """The estimate of dL/dC from the step's noise, drawn again."""
+        noise = draw_noise(
+            self.config.noise,
+            (shares.shape[0], *branch.c.shape),
+            device=branch.c.device,
+            seed=self.config.seed,
+            step=step,
+            layer=branch.index,
+            first_example=0,
+        )
+        return gradient_estimate(noise, shares)
+
+    def _normalized(self, projected: Tensor, spread: Spread) -> Tensor:
         """The projected gradients, clipped at a multiple of their spread so far and divided by it.
 
-        Clipping looks at the spread before this step, so that one wild row cannot raise its own limit.
+        Clipping looks at the spread before this step, so that one wild row cannot raise its own limit; then
+        `spread` takes them in.
         """
-        before = self.spread.root_mean_square()
-        projected = clipped(projected, limit=self.config.clip * before)
-        self.spread.observe(projected)
-        spread = self.spread.root_mean_square()
+        projected = clipped(projected, limit=self.config.clip * spread.root_mean_square())
+        spread.observe(projected)
+        size = spread.root_mean_square()
         if not self.config.normalize:
             return projected
-        return projected / spread if spread > 0 else torch.zeros_like(projected)
+        return projected / size if size > 0 else torch.zeros_like(projected)
 
     def adapter(self) -> Mapping[str, LowRank]:
         """What was learned, layer by layer, at most `adapter_rank` wide."""

@@ -57,9 +57,9 @@ def agzo_step(
                 find_bases(model, batches, config)
                 refresh = Refresh.NONE
         measured, loss = measure(model, batches, step=step, mu=mu, config=config, goal=goal, refresh=refresh)
+        if left_out is not None:
+            learner.open_window()
 
-    if left_out is not None:
-        learner.open_window()
     learning_rate = learner.learning_rate(step)
     learner.apply(step, measured, learning_rate=learning_rate)
     return StepRecord(

@@ -19,7 +19,7 @@ def test_the_meter_sees_memory_come_and_keeps_the_peak() -> None:
     assert with_block - before > 60 * MIB
     del block
     assert meter.read() < with_block - 60 * MIB
-    assert meter.peak_bytes == with_block
+    assert meter.peak_bytes == pytest.approx(with_block, abs=2 * MIB)
     meter.restart()
     assert meter.peak_bytes < with_block - 60 * MIB
     assert anonymous_bytes() > MIB

@@ -6,6 +6,7 @@ from helpers import run_config
 from torch import Tensor
 from torch.testing import assert_close
 
+from agzo_edge.errors import BudgetBrokenError
 from agzo_edge.model.branch import make_branches
 from agzo_edge.numerics.noise import draw_noise
 from agzo_edge.train.learner import Learner, Measurement
@@ -158,3 +159,28 @@ def test_an_adapter_is_what_was_learned_at_most_as_wide_as_allowed() -> None:
         assert_close(pair.dense(), branch.learned().dense())
     assert {pair.rank for pair in narrow.adapter().values()} == {3}
     assert list(narrow.adapter()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_step_that_runs_out_of_memory_has_changed_nothing_and_may_be_taken_again(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, untroubled = new_learner(optimizer=optimizer), new_learner(optimizer=optimizer)
+    for each in (learner, untroubled):
+        run(each, range(2))
+    drawn: list[str] = []
+
+    def scarce(*arguments: object, **key: object) -> Tensor:
+        drawn.append("noise")
+        if len(drawn) == 3:
+            raise BudgetBrokenError("no memory for the last layer")
+        return draw_noise(*arguments, **key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("agzo_edge.train.learner.draw_noise", scarce)
+        with pytest.raises(BudgetBrokenError):
+            learner.apply(2, measured(2), learning_rate=0.1)
+    assert_same_bytes(learner.state(), untroubled.state())
+    for each in (learner, untroubled):
+        each.apply(2, measured(2), learning_rate=0.1)
+    assert_same_bytes(learner.state(), untroubled.state())
