@@ -12,8 +12,9 @@ from torch import Tensor
 # of float32 a product Hᵀ (H A) has seen nothing but rounding.
 NEGLIGIBLE = 3e-4
 # What is left of a column beyond those before it, below which it is their rounding: with fewer tokens than
-# columns, or one outlying token, all columns of the product are parallel.
-ROUNDING = 1e-5
+# columns, or one outlying token, all columns of the product are parallel. Nearly parallel ones before it make it a
+# thousand times larger than float32's own (measured: at 1e-5 it took a place in 37 of 9,000 draws, at 1e-4 in none).
+ROUNDING = 1e-4
 
 
 def starting_basis(in_features: int, rank: int) -> Tensor:
