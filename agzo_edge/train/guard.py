@@ -31,6 +31,7 @@ class Guard:
         self.rungs = rungs
         self.limit_bytes = rungs[0].plan.limit_bytes
         self.peak_bytes = 0
+        self.has_begun = False  # whether a step was taken: what does not fit before is a refusal, after it a breach
         self._moves: list[str] = []  # what was done and why
         self._spare_bytes = round(SPARE_SHARE * total_bytes(model.device))
         self._place = 0
@@ -50,8 +51,8 @@ class Guard:
     def run(self, work: Callable[[RunConfig], T]) -> T:
         """What `work` gives on the rung that fits now.
 
-        `work` may be called again, and must leave nothing behind when it raises BudgetBrokenError. That error
-        comes out when even the lowest rung does not fit.
+        `work` may be called again, and must leave nothing behind when it raises BudgetBrokenError. When even the
+        lowest rung does not fit, that error comes out, or BudgetError before the first step.
         """
         self._look_around()
         while True:
@@ -82,16 +83,9 @@ class Guard:
 
         Raises BudgetError when there is none: nothing has been learned yet.
         """
-        try:
-            while True:
-                self.run(work)
-                if self._measured_bytes[self._place] <= self.limit_bytes:
-                    return
-        except BudgetBrokenError as error:
-            raise BudgetError(
-                f"the longest rows do not fit: {error}. Try a smaller --max-seq-length, --on-overflow stream, or a "
-                f"higher limit"
-            ) from None
+        self.run(work)
+        while self._measured_bytes[self._place] > self.limit_bytes:
+            self.run(work)
 
     def _look_around(self) -> None:
         """Step down when this rung needs more than is allowed now, and up when a faster one has fitted for a while."""
@@ -116,13 +110,18 @@ class Guard:
         return round(planned * max(1.0, error))
 
     def _down(self, why: str, cause: BudgetBrokenError | None = None) -> None:
-        """Take the next rung. Raises BudgetBrokenError when this is the last one."""
+        """Take the next rung. Raises BudgetBrokenError, or BudgetError before the first step, when this is the last."""
         if self._place + 1 == len(self.rungs):
-            raise BudgetBrokenError(
+            planned_bytes = self.rungs[self._place].plan.device_bytes
+            need = (
                 f"the run does not fit its limit of {format_bytes(self.limit_bytes)}, planned "
-                f"{format_bytes(self.rungs[self._place].plan.device_bytes)}, and there is no smaller way to take a "
-                f"step ({why}). What was learned is saved: go on with --resume-from-checkpoint and --on-overflow "
-                f"stream, a smaller --micro-batch-size, or a higher limit"
+                f"{format_bytes(planned_bytes)}, and there is no smaller way to go on ({why})"
+            )
+            advice = "--on-overflow stream, a smaller --max-seq-length or --micro-batch-size, or a higher limit"
+            if not self.has_begun:
+                raise BudgetError(f"{need}. Nothing was learned; try {advice}") from cause
+            raise BudgetBrokenError(
+                f"{need}. What was learned is saved: go on with --resume-from-checkpoint and {advice}"
             ) from cause
         self._move(self._place + 1, why)
 

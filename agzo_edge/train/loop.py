@@ -50,6 +50,7 @@ def run_steps(
     for step in range(first_step, guard.config.max_steps):
         start_s = time.perf_counter()
         record, tokens = guard.run(partial(_step, model, learner, data, step=step, mu=mu, goal=goal))
+        guard.has_begun = True
         yield TimedStep(record, time.perf_counter() - start_s, tokens, guard.peak_bytes, guard.take_moves())
 
 

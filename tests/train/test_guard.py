@@ -62,12 +62,13 @@ def test_work_that_meets_the_limit_is_done_again_a_rung_down_and_stays_there() -
 
 def test_work_that_fits_nowhere_ends_the_run_with_what_to_do() -> None:
     guard = guard_of()
+    guard.has_begun = True
     with pytest.raises(BudgetBrokenError, match=r"(?s)no smaller way.*--on-overflow stream"):
         guard.run(lambda config: takes(config, mib_of={8: 400, 4: 400, 2: 400}))
 
 
 def test_a_rehearsal_that_fits_nowhere_is_a_refusal() -> None:
-    with pytest.raises(BudgetError, match="the longest rows do not fit"):
+    with pytest.raises(BudgetError, match="Nothing was learned; try --on-overflow stream"):
         guard_of().rehearse(lambda config: takes(config, mib_of={8: 400, 4: 400, 2: 400}))
 
 
