@@ -22,11 +22,11 @@ from agzo_edge.errors import (
 )
 
 if TYPE_CHECKING:
-    from agzo_edge.api import doctor, evaluate, export, finetune, load, plan, replay, report, sweep
+    from agzo_edge.api import check_numerics, doctor, evaluate, export, finetune, load, plan, replay, report, sweep
 
 __version__ = "0.1.0"
 
-_VERBS = ("doctor", "evaluate", "export", "finetune", "load", "plan", "replay", "report", "sweep")
+_VERBS = ("check_numerics", "doctor", "evaluate", "export", "finetune", "load", "plan", "replay", "report", "sweep")
 
 
 def __getattr__(name: str) -> Any:
@@ -49,6 +49,7 @@ __all__ = [
     "NonFiniteLossError",
     "UsageError",
     "__version__",
+    "check_numerics",
     "doctor",
     "evaluate",
     "export",

@@ -16,7 +16,7 @@ from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.budget.plan import fitted_run, memory_plan
 from agzo_edge.budget.sweep import Sweep, memory_sweep
 from agzo_edge.config import RunConfig, config_from, read_toml
-from agzo_edge.demo import MODEL_DIR, demo_settings
+from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME, demo_settings
 from agzo_edge.errors import ConfigError
 
 if TYPE_CHECKING:  # these load torch, which planning does without
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # these load torch, which planning does without
     from agzo_edge.model.runtime import EdgeModel
     from agzo_edge.serve.generate import TextModel
     from agzo_edge.train.evaluate import Metrics
+    from agzo_edge.train.fidelity import Fidelity
 
 
 def resolve(
@@ -242,3 +243,27 @@ def doctor() -> dict[str, Any]:
     from agzo_edge.serve.doctor import examination
 
     return examination()
+
+
+def check_numerics(model: str | None = None, data: str | None = None, **settings: Any) -> "Fidelity":
+    """How far finite differences are from the exact derivative, over mu, with `model` on this machine.
+
+    Without `data` on the demo's. Raises BudgetError when a step with exact differences does not fit.
+    """
+    from agzo_edge.model.load import load_model
+    from agzo_edge.train.examples import load_examples
+    from agzo_edge.train.fidelity import fidelity
+    from agzo_edge.train.goal import goal_of
+
+    if model is not None and data is None:
+        data = str(DATA_DIR / TRAIN_NAME)
+    config = resolve({"model": model, "data": data, **settings})
+    if config.difference == "exact":
+        raise ConfigError("exact differences have no mu to check: ask about central or forward ones")
+    exact = config.model_copy(update={"difference": "exact"})  # what needs the most memory
+    fitted = fitted_run(model_facts(str(config.model)), exact, machine_profile(config.profile)).config
+    loaded = load_model(str(config.model), fitted)
+    examples = load_examples(str(config.data), loaded.tokenizer, config)
+    loaded.require_positions(examples.report.longest_tokens)
+    checked = fitted.model_copy(update={"difference": config.difference})
+    return fidelity(loaded, examples, checked, goal=goal_of(config))

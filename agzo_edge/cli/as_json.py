@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agzo_edge.events import Event
     from agzo_edge.train.evaluate import Metrics
+    from agzo_edge.train.fidelity import Fidelity
     from agzo_edge.train.loop import TimedStep
 
 
@@ -61,6 +62,11 @@ def event_object(event: "Event") -> dict[str, Any]:
 def metrics_object(metrics: "Metrics") -> dict[str, Any]:
     """The result of an evaluation."""
     return asdict(metrics) | {"perplexity": metrics.perplexity}
+
+
+def fidelity_object(seen: "Fidelity") -> dict[str, Any]:
+    """What `doctor --numerics` saw."""
+    return asdict(seen) | {"error_of_auto": seen.error_of_auto, "best": seen.best, "advice": seen.advice}
 
 
 def _step_object(timed: "TimedStep") -> dict[str, Any]:

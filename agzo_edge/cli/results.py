@@ -1,12 +1,15 @@
 """`replay`, `export`, `report`, `profiles` and `doctor`: no run of its own, only what is there."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from agzo_edge.cli.as_json import fidelity_object
 from agzo_edge.cli.consoles import print_lines, say, stdout_console, write_json
 from agzo_edge.cli.flags import AsJson, RunDir
+from agzo_edge.cli.options import as_flags, given, with_settings
 from agzo_edge.cli.screen import facts_lines, profiles_table, report_lines
 from agzo_edge.errors import UsageError
 from agzo_edge.units import format_bytes
@@ -78,15 +81,42 @@ def report(run_dir: RunDir, as_json: AsJson = False) -> None:
     print_lines(stdout_console(), report_lines(facts))
 
 
-def doctor(as_json: AsJson = False) -> None:
-    """Tell what this machine has, and what is missing."""
+@with_settings("Model", "Data", "Memory", without=("adapter", "eval_data"))
+def doctor(
+    numerics: Annotated[
+        bool, typer.Option("--numerics", help="Measure how faithful finite differences are with a model, over mu.")
+    ] = False,
+    as_json: AsJson = False,
+    **settings: object,
+) -> None:
+    """Tell what this machine has, and what is missing; or, with --numerics, which mu a model wants here."""
     from agzo_edge import api
 
+    if numerics:
+        _show_fidelity(given(settings), as_json=as_json)
+        return
+    if settings := given(settings):
+        raise UsageError(f"doctor looks at the machine: {' '.join(as_flags(settings))} needs --numerics beside it")
     facts = api.doctor()
     if as_json:
         write_json(facts)
     else:
         print_lines(stdout_console(), facts_lines(facts))
+
+
+def _show_fidelity(settings: Mapping[str, Any], *, as_json: bool) -> None:
+    from agzo_edge import api
+    from agzo_edge.cli.fidelity_view import fidelity_lines, fidelity_table
+    from agzo_edge.cli.quiet import hide_loading_bars
+
+    hide_loading_bars()
+    seen = api.check_numerics(**settings)
+    if as_json:
+        write_json(fidelity_object(seen))
+        return
+    console = stdout_console()
+    console.print(fidelity_table(seen))
+    print_lines(console, fidelity_lines(seen))
 
 
 def profiles(

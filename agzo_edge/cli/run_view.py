@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 N_LARGEST = 4  # components named in a summary
 BAR_COLUMNS = 40
+LOST_SIGNAL_ADVICE = (
+    "rounding is half the signal or more whatever mu is: expect slow learning, or try --difference exact, which has "
+    "no mu, or --dtype float32"
+)
 STRETCH_CHARACTERS = 160  # of each part of the example that is shown
 
 
@@ -85,7 +89,8 @@ def event_lines(event: "Event") -> list[Text]:
             resumed = [fact("resumed", f"after step {event.first_step}")] if event.first_step else []
             return [fact("model", line), *resumed]
         case MuChosen(probe=probe):
-            return [fact("mu", f"{probe.mu:g}, chosen by probing (noise floor {probe.noise_floor:.2g})")]
+            chosen = fact("mu", f"{probe.mu:g}, chosen by probing (noise floor {probe.noise_floor:.2g})")
+            return [chosen, fact("", LOST_SIGNAL_ADVICE, "yellow")] if probe.is_lost else [chosen]
         case Moved(step=step, what=what):
             return [fact("memory", f"after step {step}: {what}", "yellow")]
     return []

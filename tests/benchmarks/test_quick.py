@@ -55,3 +55,10 @@ def test_learning_compares_every_method_and_draws_a_picture(tmp_path: Path) -> N
     }
     assert all(len(run["curve"]) == 3 for run in result["runs"])
     assert (tmp_path / "result" / "stories260K-4bit-sst2.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.usefixtures("shared_dir")
+def test_numerics_sees_bfloat16_round_more_than_float32(tmp_path: Path) -> None:
+    fine, coarse = quick_result("numerics", tmp_path / "result.json")["summary"]
+    assert (fine["dtype"], coarse["dtype"]) == ("float32", "bfloat16")
+    assert fine["best error"] < 0.1 * coarse["best error"]

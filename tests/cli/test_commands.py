@@ -76,3 +76,21 @@ def test_chat_keeps_its_history_until_reset_and_survives_a_conversation_too_long
         "too long; or /reset",
         "1 messages, 9 tokens",
     ]
+
+
+def test_doctor_with_numerics_shows_the_error_over_mu_and_advises(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("--no-load-in-4bit", "--dtype", "bfloat16", "--batch-size", "8")
+    assert run(["doctor", "--numerics", *model, "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert len(seen["sizes"]) == len(seen["errors"])
+    assert seen["error_of_auto"] == seen["errors"][seen["sizes"].index(seen["probe"]["mu"])]
+    assert run(["doctor", "--numerics", *model]) == 0
+    out = capsys.readouterr().out
+    marked = [line for line in out.splitlines() if "<- mu auto" in line]
+    assert [float(line.split()[0]) for line in marked] == [seen["probe"]["mu"]]
+    assert seen["advice"] in out
+
+
+def test_doctor_refuses_a_model_that_it_would_not_look_at(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--model", "some/model"]) == 2
+    assert "--model some/model needs --numerics" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from agzo_edge.budget.memory import Change, InPieces, MemoryPlan
 from agzo_edge.budget.qlora import QloraNeed
 from agzo_edge.cli.as_json import event_object, json_line
 from agzo_edge.cli.course import Course
-from agzo_edge.cli.run_view import generate_command, live_view
+from agzo_edge.cli.run_view import event_lines, generate_command, live_view
 from agzo_edge.cli.screen import comparison, curve, duration, facts_lines, plan_table, report_lines, verdict
 from agzo_edge.cli.watch import PLAIN_STEP_LINES, watch, watch_json
 from agzo_edge.config import RunConfig
@@ -182,6 +182,13 @@ def test_json_has_an_object_for_each_event(capsys: pytest.CaptureFixture[str]) -
 def test_json_holds_no_number_that_is_none() -> None:
     mu = next(event for event in events_of_a_run() if isinstance(event, MuChosen))
     assert json.loads(json_line(event_object(mu)))["noise_floor"] is None
+
+
+@pytest.mark.parametrize(("noise_floor", "is_warned"), [(0.2, False), (0.5, True)])
+def test_a_lost_signal_is_warned_of_with_what_to_do(noise_floor: float, is_warned: bool) -> None:
+    told = "\n".join(line.plain for line in event_lines(MuChosen(MuProbe(0.01, noise_floor, (), ()))))
+    assert f"noise floor {noise_floor}" in told
+    assert ("--difference exact" in told) is is_warned
 
 
 def test_generate_command_is_read_by_a_shell_as_written() -> None:

@@ -44,6 +44,16 @@ def test_pure_noise_is_seen_as_no_signal() -> None:
     assert probe.noise_floor > 0.3
 
 
+@pytest.mark.parametrize(("rounding", "is_lost"), [(1e-4, False), (1e-2, False), (1.0, True), (1e3, True)])
+def test_the_signal_is_lost_where_rounding_is_as_large_at_every_size(rounding: float, is_lost: bool) -> None:
+    signal = torch.randn(64, generator=torch.Generator().manual_seed(0))
+
+    def projected_at(mu: float) -> Tensor:
+        return signal + rounding / mu * torch.randn(64, generator=torch.Generator().manual_seed(round(1e6 * mu)))
+
+    assert probe_mu(projected_at).is_lost is is_lost
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_size_at_which_the_loss_breaks_is_not_chosen(bad: float) -> None:
     exact = difference(rounding=1e-6, curvature=0.1)
@@ -71,6 +81,18 @@ def test_a_real_model_has_a_plateau_and_probing_learns_nothing(dtype: str) -> No
     assert probe.mu in CANDIDATES[1:-1]
     assert probe.noise_floor < (0.05 if dtype == "float32" else 0.5)
     assert not any(branch.learned().dense().any() for branch in model.branches)
+
+
+def test_float16_sizes_that_overflow_leave_the_choice_to_smaller_ones() -> None:
+    config = run_config(dtype="float16", batch_size=8)
+    model = tiny_model(dtype="float16")
+    for name, layer in model.layers.items():
+        if name.endswith("down_proj"):
+            layer.base.dense().mul_(8_000)  # just within float16, and beyond it once a third is added
+    probe = probed_mu(model, example_set(12), config=config)
+    assert probe.disagreements[0] == 1.0
+    assert probe.mu < 0.1
+    assert not probe.is_lost
 
 
 def test_a_run_stopped_and_restored_ends_bitwise_where_the_whole_one_ends() -> None:
