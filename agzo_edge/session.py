@@ -19,7 +19,7 @@ from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import ModelFacts, model_facts
 from agzo_edge.budget.plan import fitted_run
 from agzo_edge.config import RunConfig, Sampling
-from agzo_edge.errors import BudgetBrokenError, ConfigError
+from agzo_edge.errors import BudgetBrokenError, ConfigError, DataError
 from agzo_edge.evaluations import Evaluations
 from agzo_edge.events import (
     DataReady,
@@ -127,7 +127,7 @@ def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]
         facts,
         config,
         machine,
-        rows_per_example=max(len(example.rows) for part in data for example in part.examples),
+        rows_per_example=max(part.report.rows_per_example for part in data),
         longest_tokens=max(part.report.longest_tokens for part in data),
     )
     return Planned(fitted.config, fitted.plan, machine.name, fitted.notes, fitted.rungs)
@@ -232,7 +232,7 @@ class _Session:
                     return
                 if _is_due(done, self.config.save_steps) and done < self.config.max_steps:
                     yield Saved(done, save_checkpoint(self.out, learner, header, step=done, card=self.account.card()))
-        except (GeneratorExit, BudgetBrokenError):
+        except (GeneratorExit, BudgetBrokenError, DataError):  # the last: of a row that nobody had looked at
             save_checkpoint(self.out, learner, header, step=done, card=self.account.card())
             raise
 

@@ -46,15 +46,17 @@ def plan_summary(plan: "MemoryPlan", machine: str, changes: Sequence[str]) -> li
 
 def data_line(name: str, report: "DataReport") -> Text:
     """One source in a line: rows, tokens, and what happened to the overlong ones."""
+    of_file = f" of {report.rows_read:,}, read when needed" if report.streamed else ""
+    longest = "longest row" if report.all_checked else "more are checked as they come: rows of up to"
     parts = [
-        f"{report.rows_used:,} rows ({report.format})",
+        f"{report.rows_used:,} rows{of_file} ({report.format})",
         f"{report.label_tokens:,} tokens to learn" if name == "data" else f"{report.label_tokens:,} tokens to score",
-        f"longest row {report.longest_tokens:,} tokens",
+        f"{longest} {report.longest_tokens:,} tokens",
     ]
     if report.rows_truncated:
         parts.append(f"{report.rows_truncated:,} truncated")
     if report.rows_dropped:
-        parts.append(f"{report.rows_dropped:,} of {report.rows_read:,} dropped")
+        parts.append(f"{report.rows_dropped:,} of {report.rows_dropped + report.rows_used:,} dropped")
     parts.append(f"{report.padding_share:.0%} padding")
     return fact(name, ", ".join(parts))
 

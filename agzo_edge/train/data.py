@@ -45,20 +45,27 @@ class DataReport:
     longest_tokens: int  # of the rows used
     tokens: int = 0  # of all rows used, prompts and options included
     padding_share: float = 0.0  # of what goes through the model: what fills batches up to their longest row
+    rows_per_example: int = 1  # the most
+    streamed: bool = False  # rows_read are all lines of the file; all else is of those that the run uses
+    all_checked: bool = True  # otherwise other rows may be as long as longest_tokens, which is the limit
 
 
 @dataclass(frozen=True)
 class ExampleSet:
     """All examples of a source, in its order."""
 
-    examples: Sequence[Example]
+    examples: Sequence[Example]  # at hand, or made of a large file's rows one by one
     report: DataReport
-    sha256: str  # of token ids, labels and answers: equal where the same is learned in the same order
+    sha256: str  # of token ids, labels and answers: equal where the same is learned; of a large file its bytes
     sample: Sample = ()  # the first example, for a person to check
+    largest: Sequence[Example] = ()  # those that take most of a pass, where not all are at hand
+    line_bytes: NDArray[np.int32] | None = None  # (examples,), where their tokens are not known
 
     @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """(examples,): the tokens of each one's longest row."""
+    def lengths(self) -> NDArray[np.integer[Any]]:
+        """(examples,): the tokens of each one's longest row, or the bytes of its line: like goes with like."""
+        if self.line_bytes is not None:
+            return self.line_bytes
         return np.array([max(len(row.input_ids) for row in example.rows) for example in self.examples])
 
 
@@ -164,5 +171,5 @@ def longest_examples(data: ExampleSet, n: int) -> list[Example]:
     def size(example: Example) -> int:
         return len(example.rows) * max(len(row.input_ids) for row in example.rows)
 
-    by_tokens = sorted(data.examples, key=size)
+    by_tokens = sorted(data.largest or data.examples, key=size)
     return [by_tokens[-1 - i % len(by_tokens)] for i in range(n)]

@@ -1,7 +1,8 @@
 """Which examples each step sees: the seed, the step's number and, where they are grouped, the lengths decide."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,11 @@ from agzo_edge.numerics.noise import raw_words
 ORDER_LAYER = 2**62  # a layer no model has: the order shares no random word with any layer's noise
 GROUP_STEPS = 64  # steps among which examples are grouped; more leaves little less padding (benchmarks/padding.py)
 
+Lengths = Sequence[int] | Mapping[int, int] | NDArray[np.integer[Any]]
+
 
 def chosen_examples(
-    lengths: NDArray[np.int64],  # (examples,) tokens
+    lengths: NDArray[np.integer[Any]],  # (examples,) tokens, or bytes
     *,
     step: int,
     config: RunConfig,
@@ -31,11 +34,12 @@ def examples_of_step(n_examples: int, *, step: int, batch_size: int, seed: int) 
     The epochs follow each other without a gap: each is all examples once, in a fresh order, and a
     step's batch may reach over its end, or over several when it is larger than the data.
     """
-    return _examples_at(range(step * batch_size, (step + 1) * batch_size), n_examples, seed)
+    chosen: list[int] = _examples_at(np.arange(step * batch_size, (step + 1) * batch_size), n_examples, seed).tolist()
+    return chosen
 
 
 def grouped_examples_of_step(
-    lengths: NDArray[np.int64],  # (examples,) tokens
+    lengths: NDArray[np.integer[Any]],  # (examples,) tokens, or bytes
     *,
     step: int,
     batch_size: int,
@@ -49,26 +53,28 @@ def grouped_examples_of_step(
     group_steps = max(1, min(GROUP_STEPS, len(lengths) // batch_size))
     group, place = divmod(step, group_steps)
     first = group * group_steps * batch_size
-    members = np.array(_examples_at(range(first, first + group_steps * batch_size), len(lengths), seed))
+    members = _examples_at(np.arange(first, first + group_steps * batch_size), len(lengths), seed)
     by_length = members[np.argsort(lengths[members], kind="stable")].reshape(group_steps, batch_size)
     words = raw_words(group_steps, seed=seed, step=group, layer=ORDER_LAYER + 1, first_example=0, n_examples=1)
     batch: list[int] = by_length[np.argsort(words[0], kind="stable")[place]].tolist()
     return batch
 
 
-def _examples_at(positions: Iterable[int], n_examples: int, seed: int) -> list[int]:
-    """The examples at positions of the endless sequence of epochs."""
-    return [int(_epoch_order(n_examples, p // n_examples, seed)[p % n_examples]) for p in positions]
+def _examples_at(positions: NDArray[np.int64], n_examples: int, seed: int) -> NDArray[np.int32]:
+    """The examples at ascending positions of the endless sequence of epochs."""
+    epochs, places = np.divmod(positions, n_examples)
+    parts = [_epoch_order(n_examples, int(epoch), seed)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+    return np.concatenate(parts)
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(n_examples: int, epoch: int, seed: int) -> NDArray[np.int64]:  # (examples,)
+@lru_cache(maxsize=2)
+def _epoch_order(n_examples: int, epoch: int, seed: int) -> NDArray[np.int32]:  # (examples,)
     """A permutation: the ranks of raw random words, which outlive numpy's versions as its shuffles do not."""
     words = raw_words(n_examples, seed=seed, step=epoch, layer=ORDER_LAYER, first_example=0, n_examples=1)
-    return np.argsort(words[0], kind="stable")
+    return np.argsort(words[0], kind="stable").astype(np.int32)
 
 
-def padding_share(lengths: Sequence[int] | NDArray[np.int64], batches: Iterable[Sequence[int]]) -> float:
+def padding_share(lengths: Lengths, batches: Iterable[Sequence[int]]) -> float:
     """The share of padding in batches, given as lists of examples; `lengths` are the tokens of each's longest row."""
     tokens = padded = 0
     for batch in batches:

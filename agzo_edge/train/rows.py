@@ -77,7 +77,7 @@ def _json_lines(path: Path) -> Iterator[RawRow | BrokenRow]:
         for number, line in enumerate(_lines(lines), start=1):
             place = f"{path.name}:{number}"
             if line is None:
-                yield BrokenRow(place, f"the line is longer than {format_bytes(MAX_ROW_BYTES)}: is this JSON Lines?")
+                yield too_long(place)
             elif line.strip():
                 yield json_row(line, place)
 
@@ -89,6 +89,11 @@ def _lines(file: TextIO) -> Iterator[str | None]:
         while len(line) == MAX_ROW_BYTES and not line.endswith("\n"):
             line = file.readline(MAX_ROW_BYTES)
         yield None if too_long else line
+
+
+def too_long(place: str) -> BrokenRow:
+    """What becomes of a line that is longer than a row may be."""
+    return BrokenRow(place, f"the line is longer than {format_bytes(MAX_ROW_BYTES)}: is this JSON Lines?")
 
 
 def json_row(line: str, place: str) -> RawRow | BrokenRow:

@@ -31,6 +31,15 @@ def read_rows(source: str, *, split: Split) -> Iterator[RawRow | BrokenRow | Doc
         yield from _hub_rows(source, split)
 
 
+def large_file(source: str, *, split: Split, at_least: int) -> Path | None:
+    """The one JSON Lines file that a source is, when it has that many bytes and is not gzipped; else none."""
+    path = Path(source).expanduser()
+    files = source_files(path, split=split) if path.exists() else []
+    if len(files) == 1 and files[0].suffix.lower() == ".jsonl" and files[0].stat().st_size >= at_least:
+        return files[0]
+    return None
+
+
 def source_files(path: Path, *, split: Split) -> list[Path]:
     """The files to read: the path itself, a directory's file for `split`, or all notes of a directory of notes."""
     if not path.is_dir():

@@ -1,0 +1,75 @@
+"""From a source's raw rows to examples, one at a time: mapped, checked, tokenised, fitted."""
+
+from transformers import PreTrainedTokenizerBase
+
+from agzo_edge.config import RunConfig
+from agzo_edge.errors import DataError
+from agzo_edge.train.conversation import require_chat_template
+from agzo_edge.train.data import Example, Sample
+from agzo_edge.train.formats import SoundRow, answer_index, checked_row
+from agzo_edge.train.length import fitted_prompt, fitted_rows, longest_tokens
+from agzo_edge.train.mapping import mapped_row
+from agzo_edge.train.rows import BrokenRow, RawRow
+from agzo_edge.train.tally import Made
+from agzo_edge.train.template import needs_chat_template, token_rows
+from agzo_edge.train.tokens import TokenRow, label_runs
+
+
+class ExampleMaker:
+    """Makes examples of a source's raw rows, as the settings say."""
+
+    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.config = config
+        self._first: SoundRow | None = None  # the others must have its format
+
+    @property
+    def format(self) -> str:
+        """The format of the source's rows, once one was sound."""
+        return self._first.format if self._first else ""
+
+    def made(self, row: RawRow | BrokenRow) -> Made:
+        """The example of a row. Raises DataError for what would be wrong with every row."""
+        mapped = row if isinstance(row, BrokenRow) else mapped_row(row, self.config)
+        if isinstance(mapped, BrokenRow):
+            return Made(fault=mapped.fault)
+        sound = checked_row(mapped, self.config.objective, first=self._first)
+        if isinstance(sound, str):
+            return Made(fault=sound)
+        self._first = self._first or sound
+        if needs_chat_template(sound.fields, sound.format):
+            require_chat_template(self.tokenizer, self.source)
+        try:
+            rows = self._token_rows(sound)
+        except DataError as error:
+            return Made(fault=str(error))
+        return self._fitted(sound, rows)
+
+    def _token_rows(self, row: SoundRow) -> tuple[TokenRow, ...]:
+        mask_prompt, train_on = self.config.mask_prompt, self.config.train_on
+        return token_rows(row.fields, row.format, self.tokenizer, mask_prompt=mask_prompt, train_on=train_on)
+
+    def _fitted(self, row: SoundRow, rows: tuple[TokenRow, ...]) -> Made:
+        """The example of a row's tokens, cut or dropped where they are too many."""
+        longest = longest_tokens(rows)
+        limit, overlong, bos_id = self.config.max_seq_length, self.config.overlong, self.tokenizer.bos_token_id
+        try:
+            if row.format == "prompt":
+                fitted = fitted_prompt(rows[0], limit=limit, overlong=overlong)
+            else:
+                fitted = fitted_rows(rows, limit=limit, overlong=overlong, bos_id=bos_id)
+        except DataError as error:
+            return Made(fault=str(error), longest_tokens=longest)
+        if not fitted:
+            return Made(longest_tokens=longest)
+        answer = answer_index(row.fields["options"], row.fields["answer"]) if row.format == "choice" else 0
+        assert answer is not None  # checked_row let it through
+        fields = row.fields if row.format == "prompt" else {}
+        is_cut = longest > limit
+        return Made(Example(fitted, answer, row.place, fields), truncated=is_cut, longest_tokens=longest)
+
+
+def sample_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """An example's row, the right one of its options, as text: stretches, and whether each is learned."""
+    return tuple((str(tokenizer.decode(ids)), learned) for ids, learned in label_runs(example.rows[example.answer]))
