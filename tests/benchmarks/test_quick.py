@@ -62,3 +62,16 @@ def test_numerics_sees_bfloat16_round_more_than_float32(tmp_path: Path) -> None:
     fine, coarse = quick_result("numerics", tmp_path / "result.json")["summary"]
     assert (fine["dtype"], coarse["dtype"]) == ("float32", "bfloat16")
     assert fine["best error"] < 0.1 * coarse["best error"]
+
+
+@pytest.mark.usefixtures("shared_dir")
+def test_grouping_leaves_less_padding_and_packing_never_more(tmp_path: Path) -> None:
+    for row in quick_result("padding", tmp_path / "result.json")["summary"]:
+        assert row["alone"] > row["group 4"] > row["group 16"] > row["group 64"] >= row["packed"] >= 0
+
+
+@pytest.mark.slow
+def test_a_large_file_tells_when_it_began_to_learn(tmp_path: Path) -> None:
+    for row in quick_result("large_file", tmp_path / "result.json")["summary"]:
+        assert 0 < row["data_s"] < row["first_step_s"]
+        assert row["start_peak_over_plan"] <= row["peak_over_plan"] + 0.01
