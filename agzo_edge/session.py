@@ -129,6 +129,7 @@ def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]
         machine,
         rows_per_example=max(part.report.rows_per_example for part in data),
         longest_tokens=max(part.report.longest_tokens for part in data),
+        indexed_lines=max(part.report.rows_read if part.report.streamed else 0 for part in data),
     )
     return Planned(fitted.config, fitted.plan, machine.name, fitted.notes, fitted.rungs)
 

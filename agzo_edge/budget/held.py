@@ -12,6 +12,8 @@ BLOCK_4BIT = 64  # weights that share a scale: bitsandbytes' default
 BLOCK_NESTED = 256  # scales that share a scale of their own
 CODE_BOOKS_BYTES = 16 * 4 + 256 * 4  # of one nested 4-bit layer: the weights' code, and the scales'
 MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "sign": 0}  # of the optimizer, each the size of C
+INDEX_LINE_BYTES = 12  # of a data file's line: where it begins, and its size
+ORDER_LINE_BYTES = 2 * 4 + 2 * 8  # two epochs' orders, and one in the making: random words and their ranks
 JOURNAL_LINE_BYTES = 300  # a step's line without its gradients
 JOURNAL_EXAMPLE_BYTES = 24  # a projected gradient and its weight, as text
 
@@ -22,6 +24,8 @@ def held_components(job: Job) -> Iterator[Component]:
     yield from embeddings(job)
     yield accumulated_adapter(job)
     yield window(job)
+    if job.indexed_lines:
+        yield line_index(job)
     yield Component("context", job.profile.context_overhead, "device", "libraries, before the first tensor")
 
 
@@ -127,6 +131,13 @@ def window(job: Job) -> Component:
         f"rank {rank} x 4 B x (2 bases of each input, coefficients, gradient and {n_moments} moments of each layer)"
     )
     return Component("window", (bases + coefficients) * FLOAT32_BYTES, "device", formula)
+
+
+def line_index(job: Job) -> Component:
+    """Where the lines of a large data file are, and the order in which they are taken: in the host's memory."""
+    line_bytes = INDEX_LINE_BYTES + ORDER_LINE_BYTES
+    formula = f"{job.indexed_lines:,} lines x {line_bytes} B, index and order"
+    return Component("data index", job.indexed_lines * line_bytes, "device" if job.on_cpu else "host", formula)
 
 
 def basis_entries(job: Job) -> int:

@@ -36,6 +36,7 @@ class Job:
     dtype: str  # of the computation
     rows_per_example: int
     row_tokens: int  # of the longest row
+    indexed_lines: int = 0  # of a data file that is too large to be held
 
     @property
     def value_bytes(self) -> int:

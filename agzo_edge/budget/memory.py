@@ -98,12 +98,20 @@ def predicted_memory(
     *,
     rows_per_example: int = 1,  # 1 for lm; the most options of an example for choice
     longest_tokens: int | None = None,  # of the data, where it is known; max_seq_length otherwise
+    indexed_lines: int = 0,  # of a data file that is too large to be held
 ) -> MemoryPlan:
     """The plan of the run that `config` describes on `profile`'s machine, without advice.
 
     Raises ModelError when target_modules matches no layer.
     """
-    job = job_of(facts, config, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
+    job = job_of(
+        facts,
+        config,
+        profile,
+        rows_per_example=rows_per_example,
+        longest_tokens=longest_tokens,
+        indexed_lines=indexed_lines,
+    )
     parts = (*held_components(job), *working_components(job), *host_components(job), *disk_components(job))
     device_bytes = sum(part.n_bytes for part in parts if part.where == "device")
     return MemoryPlan(
@@ -124,6 +132,7 @@ def job_of(
     *,
     rows_per_example: int = 1,
     longest_tokens: int | None = None,
+    indexed_lines: int = 0,
 ) -> Job:
     """The run by the sizes that take memory. Raises ModelError when target_modules matches no layer."""
     return Job(
@@ -135,6 +144,7 @@ def job_of(
         dtype=compute_dtype(config, profile),
         rows_per_example=rows_per_example,
         row_tokens=min(longest_tokens or config.max_seq_length, config.max_seq_length),
+        indexed_lines=indexed_lines,
     )
 
 

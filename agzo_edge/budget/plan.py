@@ -1,8 +1,7 @@
 """From a prediction to a decision: does the run fit, what would make it fit, and the refusal."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 from agzo_edge.budget.facts import ModelFacts
@@ -46,14 +45,20 @@ def memory_plan(
     *,
     rows_per_example: int = 1,  # 1 for lm; the most options of an example for choice
     longest_tokens: int | None = None,  # of the data, where it is known; max_seq_length otherwise
+    indexed_lines: int = 0,  # of a data file that is too large to be held
 ) -> MemoryPlan:
     """The plan of the run that `config` describes on `profile`'s machine, what would save memory, and QLoRA's need.
 
     Raises ModelError when target_modules matches no layer.
     """
-    predict = partial(_predicted, facts, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
+    sizes: dict[str, Any] = {
+        "rows_per_example": rows_per_example,
+        "longest_tokens": longest_tokens,
+        "indexed_lines": indexed_lines,
+    }
+    predict = _predictor(facts, profile, sizes)
     plan = predict(config)
-    job = job_of(facts, config, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
+    job = job_of(facts, config, profile, **sizes)
     changes = _changes(plan, _cheaper(config, facts, profile), predict)
     return replace(plan, changes=changes, in_pieces=in_pieces(config, plan, predict), qlora=qlora_need(job))
 
@@ -97,12 +102,18 @@ def fitted_run(
     *,
     rows_per_example: int = 1,
     longest_tokens: int | None = None,
+    indexed_lines: int = 0,
 ) -> FittedRun:
     """The run on the first rung of the ladder that fits. Source: DESIGN section 4.
 
     Raises BudgetError, with the numbers of the run as asked for, when none does.
     """
-    predict = partial(_predicted, facts, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
+    sizes: dict[str, Any] = {
+        "rows_per_example": rows_per_example,
+        "longest_tokens": longest_tokens,
+        "indexed_lines": indexed_lines,
+    }
+    predict = _predictor(facts, profile, sizes)
     asked = predict(config)
     rungs: list[Rung] = []
     for rung in ladder(config, row_tokens=asked.row_tokens):
@@ -110,9 +121,7 @@ def fitted_run(
         if plan.fits and (not rungs or plan.device_bytes < rungs[-1].plan.device_bytes):
             rungs.append(Rung(rung, plan))
     if not rungs:
-        require_fits(
-            memory_plan(facts, config, profile, rows_per_example=rows_per_example, longest_tokens=longest_tokens)
-        )
+        require_fits(memory_plan(facts, config, profile, **sizes))
         raise AssertionError("a plan that does not fit was let through")
     fitted = rungs[0]
     notes: tuple[str, ...] = ()
@@ -124,8 +133,9 @@ def fitted_run(
     return FittedRun(fitted.config, fitted.plan, notes, tuple(rungs))
 
 
-def _predicted(facts: ModelFacts, profile: Profile, config: RunConfig, **rows: Any) -> MemoryPlan:
-    return predicted_memory(facts, config, profile, **rows)
+def _predictor(facts: ModelFacts, profile: Profile, sizes: Mapping[str, Any]) -> Predict:
+    """What predicts the memory of a run on this machine by its settings; `sizes` are those of its data."""
+    return lambda config: predicted_memory(facts, config, profile, **sizes)
 
 
 def _changes(plan: MemoryPlan, kinds: Iterator[list[_Variant]], predict: Predict) -> tuple[Change, ...]:

@@ -272,3 +272,11 @@ def test_a_run_that_must_not_shrink_has_one_rung() -> None:
     needs = [rung.plan.device_bytes for rung in fitted_run(WIDE, config_from({"on_overflow": "stream"}), GPU).rungs]
     assert needs == sorted(needs, reverse=True)
     assert len(set(needs)) == len(needs) > 5
+
+
+def test_the_lines_of_a_large_file_are_counted_where_they_are_held() -> None:
+    for profile, where in ((CPU, "device"), (GPU, "host")):
+        config = RunConfig()
+        with_lines = predicted_memory(FACTS, config, profile, indexed_lines=2_000_000)
+        assert component(with_lines, "data index", where) == 72_000_000
+        assert with_lines.bytes_on(where) - predicted_memory(FACTS, config, profile).bytes_on(where) == 72_000_000
