@@ -161,10 +161,13 @@ def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
     """The model of `config`, inside its budget, with an adapter on it."""
     from agzo_edge.model.branch import set_learned
     from agzo_edge.model.load import load_model
+    from agzo_edge.model.setup import require_usable_gpu
     from agzo_edge.rundir import load_changes
 
     changes = {} if adapter is None else load_changes(Path(adapter))
-    fitted = fitted_run(model_facts(str(config.model)), config, machine_profile(config.profile))
+    machine = machine_profile(config.profile)
+    require_usable_gpu(config, machine)
+    fitted = fitted_run(model_facts(str(config.model)), config, machine)
     loaded = load_model(str(config.model), fitted.config)
     set_learned(loaded.branches, changes)
     return loaded

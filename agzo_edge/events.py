@@ -22,6 +22,7 @@ class Planned:
     machine: str
     changes: tuple[str, ...]  # what was changed so that it fits
     rungs: tuple[Rung, ...]  # the ways to take a step in ever less memory, this one first
+    notes: tuple[str, ...] = ()  # what a person should know of the device
 
 
 @dataclass(frozen=True)

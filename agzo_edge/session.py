@@ -37,6 +37,7 @@ from agzo_edge.model.branch import set_learned
 from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_model, load_tokenizer
 from agzo_edge.model.runtime import EdgeModel
+from agzo_edge.model.setup import require_usable_gpu
 from agzo_edge.rebuild import bring_up_to
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.record.lock import RunLock
@@ -115,9 +116,10 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
 def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]) -> Planned:
     """The plan of a run on this data that fits its machine, with what had to change for it.
 
-    Raises BudgetError when nothing fits, ConfigError for a GPU's profile on a machine that has none.
+    Raises BudgetError when nothing fits, ConfigError for a GPU that cannot be used or is not there.
     """
     machine = machine_profile(config.profile)
+    notes = require_usable_gpu(config, machine)
     if machine.kind == "cuda" and config.device != "cpu" and chosen_device(config.device).type == "cpu":
         raise ConfigError(
             f"profile '{machine.name}' is a GPU's, and torch sees no CUDA device here: use --profile auto to train on "
@@ -131,7 +133,7 @@ def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]
         longest_tokens=max(part.report.longest_tokens for part in data),
         indexed_lines=max(part.report.rows_read if part.report.streamed else 0 for part in data),
     )
-    return Planned(fitted.config, fitted.plan, machine.name, fitted.notes, fitted.rungs)
+    return Planned(fitted.config, fitted.plan, machine.name, fitted.notes, fitted.rungs, notes)
 
 
 def _data(config: RunConfig) -> tuple[ExampleSet, ExampleSet | None]:

@@ -12,7 +12,7 @@ from agzo_edge.units import MIB
 
 SMI_TIMEOUT_S = 10
 
-_SMI_FIELDS = "name,memory.total,memory.free,compute_cap"
+_SMI_FIELDS = "name,memory.total,memory.free,compute_cap,driver_version"
 
 
 class Gpu(NamedTuple):
@@ -22,6 +22,7 @@ class Gpu(NamedTuple):
     memory_bytes: int
     free_bytes: int
     compute_capability: str
+    driver: str = ""  # its version, where it tells
 
 
 def hides_gpus() -> bool:
@@ -54,7 +55,9 @@ def _ask_nvml(selected: str) -> Gpu | None:
         name = nvml.nvmlDeviceGetName(handle)
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         capability = ".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle)))
-        return Gpu(name if isinstance(name, str) else name.decode(), memory.total, memory.free, capability)
+        driver = nvml.nvmlSystemGetDriverVersion()
+        name, driver = (text if isinstance(text, str) else text.decode() for text in (name, driver))
+        return Gpu(name, memory.total, memory.free, capability, driver)
     except nvml.NVMLError:
         return None
     finally:
@@ -74,10 +77,10 @@ def _ask_smi(selected: str) -> Gpu | None:
 
 
 def gpu_from_csv(text: str) -> Gpu | None:
-    """The GPU in nvidia-smi's first line (name, total and free MiB, compute capability), or None."""
+    """The GPU in nvidia-smi's first line (name, total and free MiB, compute capability, driver), or None."""
     for row in csv.reader(text.splitlines(), skipinitialspace=True):
-        if len(row) == 4 and row[1].strip().isdigit() and row[2].strip().isdigit():
-            return Gpu(row[0].strip(), int(row[1]) * MIB, int(row[2]) * MIB, row[3].strip())
+        if len(row) == 5 and row[1].strip().isdigit() and row[2].strip().isdigit():
+            return Gpu(row[0].strip(), int(row[1]) * MIB, int(row[2]) * MIB, row[3].strip(), row[4].strip())
         return None
     return None
 

@@ -30,10 +30,10 @@ def event_object(event: "Event") -> dict[str, Any]:
     from agzo_edge import events
 
     match event:
-        case events.Planned(config=config, plan=plan, machine=machine, changes=changes):
+        case events.Planned(config=config, plan=plan, machine=machine, changes=changes, notes=notes):
             settings = config.model_dump(mode="json")
-            fields = {"machine": machine, "changes": changes, "plan": plan.to_dict(), "config": settings}
-            return {"event": "planned"} | fields
+            fields = {"machine": machine, "changes": changes, "notes": notes, "plan": plan.to_dict()}
+            return {"event": "planned"} | fields | {"config": settings}
         case events.DataReady():
             return {"event": "data"} | asdict(event)
         case events.ModelReady():

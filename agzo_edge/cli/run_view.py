@@ -81,8 +81,8 @@ def event_lines(event: "Event") -> list[Text]:
     from agzo_edge.events import DataReady, ModelReady, Moved, MuChosen, Planned
 
     match event:
-        case Planned(plan=plan, machine=machine, changes=changes):
-            return plan_summary(plan, machine, changes)
+        case Planned(plan=plan, machine=machine, changes=changes, notes=notes):
+            return [*plan_summary(plan, machine, changes), *(fact("note", note, "yellow") for note in notes)]
         case DataReady(train=train, held_out=held_out, sample=sample):
             scored = [data_line("held out", held_out)] if held_out else []
             return [data_line("data", train), *sample_lines(sample), *scored]

@@ -13,7 +13,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from agzo_edge.budget.detect import available_host_bytes, machine_profile, total_host_bytes
 from agzo_edge.budget.gpu import board_name
+from agzo_edge.budget.gpu_setup import GpuSetup, setup_faults, setup_notes
 from agzo_edge.budget.profile import Profile
+from agzo_edge.model.setup import gpu_setup
 from agzo_edge.units import GIB, format_bytes
 
 _PACKAGES = (
@@ -32,7 +34,8 @@ LITTLE_DISK_BYTES = 2 * GIB  # less than the smallest models in use and a few ch
 
 def examination() -> dict[str, Any]:
     """Versions, the machine as it was detected, what is free on it, and advice on everything that is missing."""
-    machine, device, free = machine_profile("auto"), device_facts(), free_facts()
+    machine, setup, free = machine_profile("auto"), gpu_setup(), free_facts()
+    device = device_facts(setup)
     versions = {name: installed_version(name) for name in (*_PACKAGES, *_OPTIONAL)}
     return {
         "python": platform.python_version(),
@@ -44,6 +47,8 @@ def examination() -> dict[str, Any]:
         "free": free,
         "advice": [
             *package_advice(versions, with_cuda=device["kind"] == "cuda"),
+            *setup_faults(setup),
+            *setup_notes(setup, dtype="float16"),
             *machine_advice(machine, device, board=board_name()),
             *room_advice(free),
         ],
@@ -72,16 +77,18 @@ def machine_facts(machine: Profile) -> dict[str, Any]:
     }
 
 
-def device_facts() -> dict[str, Any]:
+def device_facts(setup: GpuSetup) -> dict[str, Any]:
     """The device that torch would compute on."""
-    if not torch.cuda.is_available():
+    if setup.capability is None:
         return {"kind": "cpu", "threads": torch.get_num_threads()}
-    major, minor = torch.cuda.get_device_capability()
     return {
         "kind": "cuda",
-        "name": torch.cuda.get_device_name(),
-        "compute_capability": f"{major}.{minor}",
+        "name": setup.card,
+        "compute_capability": ".".join(map(str, setup.capability)),
         "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
+        "driver": setup.driver,
+        "torch_cuda": setup.torch_cuda,
+        "bitsandbytes_has_cuda": setup.bitsandbytes_has_cuda,
     }
 
 
@@ -113,7 +120,7 @@ def machine_advice(machine: Profile, device: Mapping[str, Any], *, board: str) -
     on_cpu = device["kind"] == "cpu"
     if on_cpu and machine.unified_memory:
         yield f"this is a board with a GPU ({board}), and this torch has no CUDA: install NVIDIA's build for JetPack"
-    elif on_cpu and shutil.which("nvidia-smi"):
+    elif on_cpu and machine.kind == "cpu" and shutil.which("nvidia-smi"):  # a card that is seen has been told of
         yield "there is an NVIDIA driver, but this torch has no CUDA: install torch's CUDA build"
     if not on_cpu and machine.kind == "cpu":
         yield f"torch sees {device['name']}, and no driver tells its memory: give a profile with --profile FILE.toml"

@@ -57,13 +57,14 @@ def test_a_full_card_still_makes_a_profile() -> None:
     assert gpu_profile(LAPTOP._replace(free_bytes=0), host_bytes=GIB).budget_bytes > 0
 
 
-@pytest.mark.parametrize("text", ["", "\n", "No devices were found", "a, b, c, d", "NVIDIA X, [N/A], 3, 8.6"])
+@pytest.mark.parametrize("text", ["", "\n", "No devices were found", "a, b, c, d, e", "NVIDIA X, [N/A], 3, 8.6, 580.1"])
 def test_an_answer_of_nvidia_smi_that_names_no_gpu_is_none(text: str) -> None:
     assert gpu_from_csv(text) is None
 
 
 def test_an_answer_of_nvidia_smi_is_read_in_mebibytes() -> None:
-    assert gpu_from_csv("Tesla T4, 15360, 15000, 7.5\n") == Gpu("Tesla T4", 15360 * MIB, 15000 * MIB, "7.5")
+    answer = "Tesla T4, 15360, 15000, 7.5, 580.159.04\n"
+    assert gpu_from_csv(answer) == Gpu("Tesla T4", 15360 * MIB, 15000 * MIB, "7.5", "580.159.04")
 
 
 def memory_of_this_host(monkeypatch: pytest.MonkeyPatch, *, total: int) -> None:

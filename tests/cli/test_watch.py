@@ -68,7 +68,7 @@ def events_of_a_run() -> Iterator[Event]:
     config = RunConfig(model="models/tiny one", data="a.jsonl", output_dir="out", max_steps=N_STEPS, load_in_8bit=True)
     plan = plan_of(6 * GIB)
     before, after = Metrics(64, 4.0, 0.5), Metrics(64, 1.5, 0.75)
-    yield Planned(config, plan, "rtx", ("micro_batch_size is now 2",), ())
+    yield Planned(config, plan, "rtx", ("micro_batch_size is now 2",), (), ("the card has no bfloat16",))
     yield DataReady(DataReport("messages", 100, 90, 0, 10, 5000, 120), None)
     yield ModelReady("models/tiny one", 35, "cpu", "float32", "nf4", 0)
     yield Evaluated(0, before)
@@ -136,6 +136,7 @@ def test_a_watched_run_tells_what_it_found_and_what_came_of_it(terminal: bool) -
     )
     told += (
         "micro_batch_size is now 2",
+        "the card has no bfloat16",
         "-62%",
         "Arr, matey!",
         "50% of the 4.00 GiB predicted",

@@ -1,0 +1,49 @@
+"""The GPU as torch, bitsandbytes and the driver see it here, and the refusal of one that cannot be used."""
+
+import os
+
+import torch
+
+from agzo_edge.budget.gpu import visible_gpu
+from agzo_edge.budget.gpu_setup import GpuSetup, setup_faults, setup_notes
+from agzo_edge.budget.memory import compute_dtype, computes_on_cpu
+from agzo_edge.budget.profile import Profile
+from agzo_edge.config import RunConfig
+from agzo_edge.errors import ConfigError, numbered
+
+
+def gpu_setup() -> GpuSetup:
+    """What is there now; a machine without a card gives an empty one."""
+    seen, usable = visible_gpu(), torch.cuda.is_available()
+    if seen is None and not usable:
+        return GpuSetup(torch_cuda=torch.version.cuda)
+    return GpuSetup(
+        card=torch.cuda.get_device_name() if usable else seen and seen.name,
+        driver=seen.driver or None if seen else None,
+        torch_cuda=torch.version.cuda,
+        capability=torch.cuda.get_device_capability() if usable else None,
+        compiled_for=tuple(torch.cuda.get_arch_list()) if usable else (),
+        bitsandbytes_has_cuda=usable and _bitsandbytes_has_cuda(),
+    )
+
+
+def _bitsandbytes_has_cuda() -> bool:
+    """Whether the library that bitsandbytes has loaded holds kernels for a GPU."""
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    from bitsandbytes.cextension import lib
+
+    return bool(lib.compiled_with_cuda)
+
+
+def require_usable_gpu(config: RunConfig, machine: Profile) -> tuple[str, ...]:
+    """What a person should know of the GPU that the run computes on; nothing for a run on the CPU.
+
+    Raises ConfigError when there is a GPU and its driver, torch or bitsandbytes do not let it be used.
+    """
+    if computes_on_cpu(config, machine):
+        return ()
+    setup = gpu_setup()
+    faults = list(setup_faults(setup, quantized=config.load_in_4bit or config.load_in_8bit))
+    if faults:
+        raise ConfigError(f"the GPU cannot be used (--device cpu computes without it):\n{numbered(faults)}")
+    return tuple(setup_notes(setup, dtype=compute_dtype(config, machine)))

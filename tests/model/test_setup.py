@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from agzo_edge.budget.detect import cpu_profile
+from agzo_edge.budget.profile import load_profile
+from agzo_edge.config import config_from
+from agzo_edge.errors import ConfigError
+from agzo_edge.model.setup import gpu_setup, require_usable_gpu
+
+NVIDIA_SMI = "#!/bin/sh\necho 'NVIDIA GeForce GTX 1650, 4096, 4000, 7.5, 390.10'\n"
+
+
+def test_a_run_on_the_cpu_is_asked_nothing_about_a_gpu() -> None:
+    assert require_usable_gpu(config_from({}), cpu_profile()) == ()
+    assert require_usable_gpu(config_from({"device": "cpu"}), load_profile("gtx-1650-4gb")) == ()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use this machine's card")
+def test_a_card_that_torch_cannot_use_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_setup().driver == "390.10"
+    expected = "390.10" if torch.version.cuda else "install torch's CUDA build"
+    with pytest.raises(ConfigError, match=f"--device cpu computes without it(.|\n)*{expected}"):
+        require_usable_gpu(config_from({}), load_profile("gtx-1650-4gb"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_this_machines_card_can_be_used() -> None:
+    setup = gpu_setup()
+    assert setup.capability == torch.cuda.get_device_capability()
+    assert setup.bitsandbytes_has_cuda
