@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,9 +16,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import agzo_edge
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # real models and data beside the checkout, no part of the project
-PACKAGES = ("agzo-edge", "torch", "transformers", "bitsandbytes", "numpy")
+PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy")
 
 
 def environment() -> dict[str, Any]:
@@ -35,11 +38,13 @@ def environment() -> dict[str, Any]:
         },
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"agzo-edge": agzo_edge.__version__} | {name: version(name) for name in PACKAGES},
     }
 
 
 def _git(*arguments: str) -> str | None:
+    if shutil.which("git") is None:
+        return None
     answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return answer.stdout.strip() if answer.returncode == 0 else None
 

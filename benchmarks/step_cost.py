@@ -66,12 +66,16 @@ def saved_model(directory: Path, *, hidden: int, layers: int, vocab: int) -> str
     return str(directory)
 
 
-def random_batch(n: int, *, tokens: int, vocab: int) -> Batch:
+def random_examples(n: int, *, tokens: int, vocab: int) -> list[Example]:
     """`n` rows of random tokens, all of them labels but the first."""
     ids = np.random.default_rng(0).integers(0, vocab, size=(n, tokens))
     is_label = np.arange(tokens) > 0
-    examples = [Example((TokenRow(row, is_label),), 0, f"row {i}") for i, row in enumerate(ids)]
-    return collate(examples, pad_id=0, objective="lm")
+    return [Example((TokenRow(row, is_label),), 0, f"row {i}") for i, row in enumerate(ids)]
+
+
+def random_batch(n: int, *, tokens: int, vocab: int) -> Batch:
+    """`random_examples` as one batch."""
+    return collate(random_examples(n, tokens=tokens, vocab=vocab), pad_id=0, objective="lm")
 
 
 class Subject:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 import torch
+from torch import Tensor
 
 from agzo_edge.errors import ConfigError
 
@@ -44,6 +45,16 @@ def use_threads(n_threads: int, *, n_parameters: int) -> None:
         n_threads = 1
     if n_threads:
         torch.set_num_threads(n_threads)
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on `device`, without waiting for it.
+
+    From pinned memory: before a copy from other memory a GPU finishes all that it was given, layer after layer.
+    """
+    if torch.device(device).type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def sync(device: torch.device) -> None:

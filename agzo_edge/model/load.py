@@ -28,10 +28,18 @@ def load_model(source: str, config: RunConfig) -> EdgeModel:
     Raises ModelError when there is no such model, it is no causal language model, it needs code of its own,
     its file is not safetensors, or it holds layers that cannot be adapted.
     """
+    tokenizer = load_tokenizer(source, config)
+    network = _pretrained(source, config, dtype=chosen_dtype(config.dtype, chosen_device(config.device)))
+    return edge_model(network, tokenizer, config, source=source)
+
+
+def edge_model(network: Any, tokenizer: Any, config: RunConfig, *, source: str) -> EdgeModel:
+    """A transformers network with our layers in the place of its own, which is used up.
+
+    Raises ModelError when it holds layers that cannot be adapted.
+    """
     device = chosen_device(config.device)
     dtype = chosen_dtype(config.dtype, device)
-    tokenizer = load_tokenizer(source, config)
-    network = _pretrained(source, config, dtype=dtype)
     _refuse_fused_experts(network, source, config)
     context = PassContext(power_iterations=config.power_iterations, relative=config.relative)
     transposed = _replace_layers(network, source, config, context=context, device=device, dtype=dtype)

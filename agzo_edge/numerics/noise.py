@@ -6,6 +6,7 @@ is reached without drawing the others. Signs are those raw bits, packed eight to
 unpacked on the device that uses them; a CPU and a GPU therefore see the same noise, bit for bit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -33,6 +34,10 @@ class Noise:
     def is_packed(self) -> bool:
         """Whether `stored` holds a bit for each entry."""
         return self.stored.dtype is torch.uint8
+
+    def placed(self, place: Callable[[Tensor], Tensor]) -> "Noise":
+        """The same noise, stored where `place` puts it."""
+        return Noise(self.shape, place(self.stored))
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The entries (examples, out_features, rank)."""
@@ -126,10 +131,7 @@ def gaussian_noise(shape: tuple[int, int, int], **key: int) -> Tensor:
 def draw_noise(
     kind: NoiseKind,
     shape: tuple[int, int, int],  # (examples, out_features, rank)
-    *,
-    device: torch.device | str = "cpu",
     **key: int,
 ) -> Noise:
-    """The noise R of one layer, one slice for each example; `key`: seed, step, layer, first_example."""
-    drawn = gaussian_noise(shape, **key) if kind == "gaussian" else sign_bits(shape, **key)
-    return Noise(shape, drawn.to(device))
+    """The noise R of one layer on the CPU, one slice for each example; `key`: seed, step, layer, first_example."""
+    return Noise(shape, gaussian_noise(shape, **key) if kind == "gaussian" else sign_bits(shape, **key))

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from agzo_edge.data_config import Objective
+from agzo_edge.model.device import sent
 from agzo_edge.train.tokens import TokenRow
 
 Sample = tuple[tuple[str, bool], ...]  # stretches of text, and whether each is learned
@@ -87,12 +88,12 @@ class Batch:
         """The same batch with its tensors on `device`."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            is_label=self.is_label.to(device),
-            example=self.example.to(device),
-            answer=self.answer.to(device),
-            weights=self.weights.to(device),
+            input_ids=sent(self.input_ids, device),
+            attention_mask=sent(self.attention_mask, device),
+            is_label=sent(self.is_label, device),
+            example=sent(self.example, device),
+            answer=sent(self.answer, device),
+            weights=sent(self.weights, device),
         )
 
 

@@ -7,12 +7,14 @@ coefficients, bit for bit, which is what replay and resume stand on.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from agzo_edge.config import AgzoConfig
 from agzo_edge.model.branch import Branch
+from agzo_edge.model.device import sent
 from agzo_edge.numerics.estimate import Spread, clipped, gradient_estimate
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.numerics.noise import draw_noise, rounding_bits
@@ -114,13 +116,12 @@ class Learner:
         noise = draw_noise(
             self.config.noise,
             (shares.shape[0], *branch.c.shape),
-            device=branch.c.device,
             seed=self.config.seed,
             step=step,
             layer=branch.index,
             first_example=0,
         )
-        return gradient_estimate(noise, shares)
+        return gradient_estimate(noise.placed(partial(sent, device=branch.c.device)), shares)
 
     def _normalized(self, projected: Tensor, spread: Spread) -> Tensor:
         """The projected gradients, clipped at a multiple of their spread so far and divided by it.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import NonFiniteLossError
 from agzo_edge.model.branch import Branch
+from agzo_edge.model.device import sent
 from agzo_edge.model.passes import Perturbation, Refresh
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.estimate import projected_gradients
@@ -127,15 +129,15 @@ def _noise_of(*, n_examples: int, first_example: int, step: int, config: RunConf
     """The noise of a micro-batch as a function of the branch."""
 
     def noise_of(branch: Branch) -> Noise:
-        return draw_noise(
+        drawn = draw_noise(
             config.noise,
             (n_examples, *branch.c.shape),
-            device=branch.c.device,
             seed=config.seed,
             step=step,
             layer=branch.index,
             first_example=first_example,
         )
+        return drawn.placed(partial(sent, device=branch.c.device))
 
     return noise_of
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from agzo_edge.errors import ConfigError
-from agzo_edge.model.device import chosen_device, chosen_dtype
+from agzo_edge.model.device import chosen_device, chosen_dtype, sent
 
 CPU = torch.device("cpu")
 
@@ -20,3 +20,22 @@ def test_names_mean_devices_and_dtypes() -> None:
 def test_cuda_on_a_machine_without_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="--device cpu"):
         chosen_device("cuda")
+
+
+def test_a_tensor_that_is_sent_arrives_unchanged() -> None:
+    tensor = torch.arange(5)
+    assert sent(tensor, "cpu") is tensor
+    assert sent(tensor, torch.device("cpu")) is tensor
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nobody_waits_for_a_tensor_that_is_sent_to_a_gpu() -> None:
+    tensor = torch.arange(100_000)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        arrived = sent(tensor, "cuda")
+        assert sent(arrived, "cuda") is arrived
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(arrived.cpu(), tensor)
