@@ -27,12 +27,13 @@ class PaperInPlace(Mezo):
     """
 
     def __init__(self, model: EdgeModel, batch: Batch) -> None:
-        self.model, self.batch = model, batch
+        self.model, self.batch = model, batch.to(model.device)
+        self.shares = batch.weights
         weights = [layer.base.dense() for layer in model.layers.values()]
         super().__init__(weights, lambda: self._loss(Refresh.NONE), eps=1e-3)
 
     def _loss(self, refresh: Refresh) -> float:
-        return float(self.batch.weights @ loss_of(self.model, self.batch, objective="lm", refresh=refresh)[0].cpu())
+        return float(self.shares @ loss_of(self.model, self.batch, objective="lm", refresh=refresh)[0].cpu())
 
     def projected_gradient(self, seed: int) -> float:
         """(l⁺ − l⁰) / eps, the bases found in the forward that gives l⁰."""
@@ -59,7 +60,8 @@ def dense_model(setting: Setting, shape: str) -> EdgeModel:
 def mezo_step(model: EdgeModel, batch: Batch) -> Step:
     """A MeZO step on the layers that AGZO adapts: two forwards of B rows, four passes over the weights."""
     weights = [layer.base.dense() for layer in model.layers.values()]
-    mezo = Mezo(weights, lambda: float(batch.weights @ loss_of(model, batch, objective="lm")[0].cpu()))
+    there = batch.to(model.device)
+    mezo = Mezo(weights, lambda: float(batch.weights @ loss_of(model, there, objective="lm")[0].cpu()))
     return lambda: mezo.step(0, learning_rate=1e-6)
 
 
@@ -75,7 +77,7 @@ def qlora_step(setting: Setting, shape: str, batch: Batch) -> Step:
     Source: Dettmers et al., arXiv 2305.14314; logits and loss are transformers' own.
     """
     network, optimizer = qlora(setting, shape)
-    ids, mask = batch.input_ids, batch.attention_mask
+    ids, mask = batch.input_ids.to(setting.device), batch.attention_mask.to(setting.device)
 
     def step() -> None:
         optimizer.zero_grad()

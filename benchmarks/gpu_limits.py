@@ -107,7 +107,7 @@ def _context_of_ours(setting: Setting, shape: str, limit_bytes: int, tokens: int
 
 
 def _context_of_qlora(setting: Setting, shape: str, limit_bytes: int, tokens: int) -> Row:
-    batch, _ = batches(setting, shape, 1, tokens)
+    batch, _ = batches(shape, 1, tokens)
     step = qlora_step(setting, shape, batch)
     setting.free()
     with capped(setting.device, limit_bytes):

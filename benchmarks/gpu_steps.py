@@ -13,7 +13,6 @@ from step_cost import random_batch
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.plan import memory_plan
 from agzo_edge.config import RunConfig
-from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.train.data import Batch
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.objective import loss_of
@@ -34,8 +33,12 @@ class Subject:
     learner: Learner
     config: RunConfig
 
+    def __post_init__(self) -> None:
+        self._nothing = [branch.folded for branch in self.model.branches]
+
     def step(self, batch: Batch, step: int) -> None:
-        """One AGZO step."""
+        """One AGZO step, no window folded before it."""
+        self._forget_folded()
         agzo_step(self.model, [batch], self.learner, step=step, mu=MU, config=self.config)
 
     def runs(self, batch: Batch, twice: Batch) -> dict[str, Run]:
@@ -47,13 +50,18 @@ class Subject:
         }
 
     def plain(self, batch: Batch) -> None:
-        """The forward through the same layers, all branches empty; the learned state is put back."""
-        kept = [(branch, branch.folded, branch.steps_in_window) for branch in self.model.branches]
-        for branch, folded, _ in kept:
-            branch.folded, branch.steps_in_window = LowRank(folded.c[:, :0], folded.a[:, :0]), 0
-        loss_of(self.model, batch, objective="lm").cpu()
-        for branch, folded, steps in kept:
-            branch.folded, branch.steps_in_window = folded, steps
+        """The forward through the same layers, all branches empty; then the window under way is back."""
+        self._forget_folded()
+        done = [branch.steps_in_window for branch in self.model.branches]
+        for branch in self.model.branches:
+            branch.steps_in_window = 0
+        loss_of(self.model, batch.to(self.model.device), objective="lm").cpu()
+        for branch, steps in zip(self.model.branches, done, strict=True):
+            branch.steps_in_window = steps
+
+    def _forget_folded(self) -> None:
+        for branch, nothing in zip(self.model.branches, self._nothing, strict=True):
+            branch.folded = nothing
 
 
 def subject_of(setting: Setting, shape: str, **settings: Any) -> Subject:
@@ -63,11 +71,10 @@ def subject_of(setting: Setting, shape: str, **settings: Any) -> Subject:
     return Subject(model, Learner(model.branches, config), config)
 
 
-def batches(setting: Setting, shape: str, n: int, tokens: int) -> tuple[Batch, Batch]:
-    """`n` rows on the device, and twice as many."""
+def batches(shape: str, n: int, tokens: int) -> tuple[Batch, Batch]:
+    """`n` rows on the host, and twice as many."""
     vocab = shapes()[shape].vocab_size
-    batch, twice = (random_batch(rows, tokens=tokens, vocab=vocab) for rows in (n, 2 * n))
-    return batch.to(setting.device), twice.to(setting.device)
+    return random_batch(n, tokens=tokens, vocab=vocab), random_batch(2 * n, tokens=tokens, vocab=vocab)
 
 
 def steps(setting: Setting) -> Rows:
@@ -95,7 +102,7 @@ def _ours(setting: Setting, shape: str, sizes: Any, plain_s: dict[tuple[int, int
 
     def measured(size: tuple[int, int]) -> Row:
         subject[:] = subject or [subject_of(setting, shape)]
-        batch, twice = batches(setting, shape, *size)
+        batch, twice = batches(shape, *size)
         runs = subject[0].runs(batch, twice)
         subject[0].step(batch, 0)
         times = in_turns(setting, runs, repetitions=2 if setting.small else REPETITIONS)
@@ -127,7 +134,7 @@ def _dense(setting: Setting, shape: str, sizes: Any, plain_s: dict[tuple[int, in
 
     def measured(size: tuple[int, int], step_of: Callable[..., Run]) -> Row:
         model[:] = model or [dense_model(setting, shape)]
-        return _alone(setting, step_of(model[0], batches(setting, shape, *size)[0]), plain_s.get(size))
+        return _alone(setting, step_of(model[0], batches(shape, *size)[0]), plain_s.get(size))
 
     for size in sizes:
         for name, step_of in (("mezo, dense", mezo_step), ("paper's agzo in place, dense", paper_step)):
@@ -139,7 +146,7 @@ def _qlora(setting: Setting, shape: str, size: tuple[int, int], plain_s: dict[tu
     """QLoRA, made anew for each size so that a failure leaves nothing behind."""
 
     def measured() -> Row:
-        return _alone(setting, qlora_step(setting, shape, batches(setting, shape, *size)[0]), plain_s.get(size))
+        return _alone(setting, qlora_step(setting, shape, batches(shape, *size)[0]), plain_s.get(size))
 
     return attempted(setting, _about(shape, size) | {"method": "qlora"}, measured)
 

@@ -41,7 +41,7 @@ def _measured_as(setting: Setting, shape: str, size: tuple[int, int], *, offload
 
 def _step(setting: Setting, shape: str, size: tuple[int, int], offload: str) -> Row:
     subject = subject_of(setting, shape, offload=offload)
-    batch, twice = batches(setting, shape, *size)
+    batch, twice = batches(shape, *size)
     subject.step(batch, 0)
     runs = subject.runs(batch, twice)
     times = in_turns(setting, runs, repetitions=1 if setting.small else 3)

@@ -6,6 +6,7 @@ Repeated use within a block (micro-batches of tokens in an MLP) costs no second 
 """
 
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -59,7 +60,14 @@ def pinned_bytes(n_bytes: int) -> Tensor:
     buffer = torch.empty(n_bytes, dtype=torch.uint8)
     if torch.cuda.is_available() and n_bytes:
         torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), n_bytes, 0)
+        weakref.finalize(buffer, _unpin, buffer.data_ptr()).atexit = False
     return buffer
+
+
+def _unpin(address: int) -> None:
+    """Let go of pinned memory before it is freed: whoever is given the same addresses could not pin them."""
+    torch.cuda.synchronize()  # a copy out of it may be under way
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class HostBlocks:

@@ -16,7 +16,7 @@ from agzo_edge.model.load import load_model
 from agzo_edge.model.memory import anonymous_bytes
 from agzo_edge.model.offload import MappedFile, settle
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.model.stream import HostBlocks, HostHead, block_of
+from agzo_edge.model.stream import HostBlocks, HostHead, block_of, pinned_bytes
 from agzo_edge.units import MIB
 
 WIDTHS = {
@@ -148,6 +148,16 @@ def test_streamed_layers_come_back_whole(width: str) -> None:
     for layer in model.frozen_layers.values():
         layer.base = layer.base.rehoused(torch.clone)
     assert model.base_sha256() == hash_before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_memory_that_was_freed_can_be_pinned_again() -> None:
+    for _ in range(3):  # the allocator hands out the same addresses
+        buffer = pinned_bytes(8 * MIB)
+        assert buffer.is_pinned()
+        assert not buffer.cuda(non_blocking=True).isnan().any()
+        del buffer
 
 
 def test_a_block_is_the_layers_with_its_number() -> None:
