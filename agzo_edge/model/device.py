@@ -52,7 +52,7 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
 
     From pinned memory: before a copy from other memory a GPU finishes all that it was given, layer after layer.
     """
-    if torch.device(device).type == "cpu" or tensor.device.type != "cpu":
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
