@@ -14,7 +14,7 @@ from agzo_edge.train.evaluate import Metrics
 from agzo_edge.train.loop import TimedStep
 
 _TOLD_SETTINGS = (
-    *("rank", "adapter_rank", "refresh_every", "noise", "difference"),
+    *("rank", "guide", "adapter_rank", "refresh_every", "noise", "difference"),
     *("optimizer", "learning_rate", "batch_size"),
 )
 

@@ -32,6 +32,12 @@ class AgzoConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rank: int = Field(4, ge=1, le=64, description="Directions in a layer's basis (r in the paper).")
+    guide: Literal["none", "head"] = Field(
+        "none",
+        description="Outputs that the noise spans: all, or, in the layers that write to the residual stream, those to "
+        "which the errors at the head point.",
+    )
+    guide_rank: int = Field(4, ge=1, le=64, description="Directions that a guide leaves the noise.")
     refresh_every: int = Field(
         25,
         ge=0,
@@ -115,7 +121,8 @@ class RunConfig(AgzoConfig, DataConfig):
     target_modules: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="Names or suffixes of the layers to train; all linear layers but the head by default.",
+        description="Names or suffixes of the layers to train; all linear layers but the head by default, with a "
+        "guide those of them that write to the residual stream.",
     )
     batch_size: int = Field(16, ge=1, description="Examples in a step.")
     group_by_length: bool = Field(True, description="Put examples of like length in a step: little padding.")
@@ -143,6 +150,8 @@ class RunConfig(AgzoConfig, DataConfig):
             faults.append("target dequantized writes into the base, which dpo refers to: use preference_loss simpo")
         if self.objective == "reward" and self.difference == "exact":
             faults.append("difference exact carries a derivative, which a reward has not: use central")
+        if self.objective == "reward" and self.guide != "none":
+            faults.append(f"guide {self.guide} asks for a derivative, which a reward has not: use none")
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -177,7 +186,10 @@ _PAPER = {
     "lr_schedule": "constant",
 }
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": _PAPER}
+# Noise guided by the errors at the head: docs/decisions/0031 has the rate and the windows.
+_GUIDED = {"guide": "head", "refresh_every": 10, "learning_rate": 0.2}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "guided": _GUIDED, "paper": _PAPER}
 
 
 def config_from(*sources: Mapping[str, Any], preset: str = "default") -> RunConfig:

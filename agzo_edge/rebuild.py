@@ -1,6 +1,6 @@
 """A learner brought to where a run was: from its directory, or from one file."""
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import AdapterError
 from agzo_edge.model.branch import Branch, make_branches
-from agzo_edge.record.bases import load_bases
+from agzo_edge.record.bases import WindowBases, load_bases
 from agzo_edge.record.journal import Journal
 from agzo_edge.record.replay_file import ReplayFile
 from agzo_edge.record.tensors import read_checked
@@ -22,7 +22,10 @@ from agzo_edge.train.replay import replay
 def branches_of(header: Mapping[str, Any], *, device: torch.device | str = "cpu") -> list[Branch]:
     """Untouched branches for the layers that a journal's header names: a replay needs no model."""
     layers = [(str(name), int(out_features), int(group)) for name, out_features, group in header["layers"]]
-    return make_branches(layers, header["group_in_features"], rank=int(header["config"]["rank"]), device=device)
+    config = header["config"]
+    guide_rank = int(config["guide_rank"]) if config["guide"] == "head" else 0
+    widths = header["group_in_features"]
+    return make_branches(layers, widths, rank=int(config["rank"]), guide_rank=guide_rank, device=device)
 
 
 def bring_up_to(
@@ -49,12 +52,9 @@ def bring_up_to(
             first = step
             break
 
-    def bases_of(step: int) -> tuple[Mapping[int, torch.Tensor], Sequence[float]]:
-        window = load_bases(directory, step, basis_shapes(learner), len(learner.branches))
-        return window.bases, window.scales
-
+    shapes = window_shapes(learner)
     with _of_one_run(directory):
-        replay(learner, journal.records[first:end], bases_of, skip=skip)
+        replay(learner, journal.records[first:end], lambda step: load_bases(directory, step, shapes), skip=skip)
         _require_finite(learner)
     return end
 
@@ -87,9 +87,14 @@ def _of_one_run(source: Path | str) -> Iterator[None]:
         ) from error
 
 
-def basis_shapes(learner: Learner) -> dict[int, tuple[int, int]]:
-    """The (in_features, rank) of each input group."""
-    return {b.group.index: (b.group.in_features, b.group.rank) for b in learner.branches}
+def window_shapes(learner: Learner) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a window of this learner fixes, by the names in its file."""
+    shapes: dict[str, tuple[int, ...]] = {"scales": (len(learner.branches),)}
+    for branch in learner.branches:
+        shapes[f"basis.{branch.group.index}"] = (branch.group.in_features, branch.group.rank)
+        if branch.guide is not None:
+            shapes[f"guide.{branch.index}"] = tuple(branch.guide.shape)
+    return shapes
 
 
 def replay_file_of(directory: Path) -> ReplayFile:
@@ -97,7 +102,7 @@ def replay_file_of(directory: Path) -> ReplayFile:
     journal = read_run(directory)
     learner = learner_of(journal.header)
     steps = [record["step"] for record in journal.records if learner.window_starts(record["step"])]
-    windows = {step: load_bases(directory, step, basis_shapes(learner), len(learner.branches)) for step in steps}
+    windows = {step: load_bases(directory, step, window_shapes(learner)) for step in steps}
     start = checkpoint_path(directory, 0) / STATE_NAME
     return ReplayFile(journal.header, journal.records, windows, read_checked(start) if start.is_file() else {})
 
@@ -113,11 +118,12 @@ def rebuilt(run: ReplayFile, *, until_step: int | None = None, skip: Container[i
     learner = learner_of(run.header)
     records = run.records if until_step is None else run.records[:until_step]
 
-    def bases_of(step: int) -> tuple[Mapping[int, torch.Tensor], Sequence[float]]:
+    def bases_of(step: int) -> WindowBases:
         window = run.windows.get(step)
-        if window is None or {g: tuple(b.shape) for g, b in window.bases.items()} != basis_shapes(learner):
+        shapes = {} if window is None else {name: tuple(t.shape) for name, t in window.tensors().items()}
+        if window is None or shapes != window_shapes(learner):
             raise AdapterError(f"the file does not hold the bases of the window at step {step}")
-        return window.bases, window.scales
+        return window
 
     with _of_one_run("the replay file"):
         if run.start:

@@ -24,7 +24,7 @@ from agzo_edge.errors import AdapterError, numbered
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.record.adapter import CONFIG_NAME, LowRankPair, load_adapter, save_adapter
-from agzo_edge.record.bases import WindowBases, save_bases
+from agzo_edge.record.bases import save_bases
 from agzo_edge.record.files import aside, atomic_write_bytes, atomic_write_text, sync_directory, writing
 from agzo_edge.record.journal import Journal, JournalWriter, read_journal
 from agzo_edge.record.lock import LOCK_NAME
@@ -109,8 +109,7 @@ def keep_step(directory: Path, journal: JournalWriter, timed: TimedStep, learner
     """Put a step on the disk: its window's bases first, then its line; after that the step counts."""
     record = timed.record
     if learner.window_starts(record.step):
-        bases = {branch.group.index: branch.group.basis for branch in learner.branches}
-        save_bases(directory, record.step, WindowBases(bases, [branch.scale for branch in learner.branches]))
+        save_bases(directory, record.step, learner.window())
     journal.append(
         {
             "step": record.step,

@@ -46,7 +46,7 @@ from torch import Tensor
 from agzo_edge.budget.facts import ModelFacts, facts_of
 from agzo_edge.budget.headers import read_checkpoint
 from agzo_edge.errors import AgzoError
-from agzo_edge.rebuild import basis_shapes, bring_up_to, learner_of, rebuilt, replay_file_of
+from agzo_edge.rebuild import bring_up_to, learner_of, rebuilt, replay_file_of, window_shapes
 from agzo_edge.record.adapter import CONFIG_NAME, WEIGHTS_NAME, load_adapter
 from agzo_edge.record.bases import bases_path, load_bases
 from agzo_edge.record.journal import Journal, read_journal
@@ -347,7 +347,7 @@ def subjects(folder: Path) -> list[Subject]:
     run, model = folder / "adam" / "run", folder / "model"
     journal = read_run(run)
     learner = learner_of(journal.header)
-    shapes, n_layers, step = basis_shapes(learner), len(learner.branches), checkpoint_steps(run)[-1]
+    shapes, step = window_shapes(learner), checkpoint_steps(run)[-1]
     empty = dataclasses.replace(journal, records=journal.records[:step])
     adapter = folder / "adapter"
     adapter.mkdir()
@@ -387,7 +387,7 @@ def subjects(folder: Path) -> list[Subject]:
     return [
         Subject("journal", path, scratched, lambda: read_journal(path), says_first_steps(journal), 28),
         Subject("journal, forged, replayed", path, with_forged_line, replayed, says_anything, 6),
-        Subject("bases", bases, scratched_safetensors, lambda: load_bases(run, 3, shapes, n_layers), says_never, 16),
+        Subject("bases", bases, scratched_safetensors, lambda: load_bases(run, 3, shapes), says_never, 16),
         Subject("learner state", state_path, scratched_safetensors, state, says_never, 8),
         Subject("adapter_config.json", adapter / CONFIG_NAME, scratched_or_forged, adapter_read, config_says, 10),
         Subject("adapter header", adapter / WEIGHTS_NAME, with_bad_header, adapter_read, weights_say, 12),

@@ -66,7 +66,10 @@ SETTINGS: Mapping[str, Any] = {
 }
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "sgd": {"mu": "auto"},
-    "adam": {"mu": 0.01, "optimizer": "adam", "lr_schedule": "cosine", "warmup_steps": 2, "micro_batch_size": 2},
+    "adam": {
+        **{"mu": 0.01, "optimizer": "adam", "lr_schedule": "cosine", "warmup_steps": 2, "micro_batch_size": 2},
+        "guide": "head",
+    },
     "momentum on an adapter": {"mu": 0.01, "optimizer": "momentum", "refresh_every": 4},
 }
 Kind = Literal["time", "torn", "power"]

@@ -79,12 +79,13 @@ def one_run(setup: Setup, task: str, arguments: argparse.Namespace) -> Run:
     """The curve of (steps, held-out loss, accuracy) of one training, and what it took."""
     model = loaded(setup)
     data, held_out = task_examples(TASKS[task], model.tokenizer, held_out=arguments.held_out)
-    every = max(1, setup.steps // arguments.evaluations)
+    steps = setup.steps_within_forwards
+    every = max(1, steps // arguments.evaluations)
     curve = [(0, *_held_out(model, held_out, task))]
     train_s, began = 0.0, time.perf_counter()
     try:
         for step, _ in enumerate(training(setup, model, data), start=1):
-            if step % every == 0 or step == setup.steps:
+            if step % every == 0 or step == steps:
                 train_s += time.perf_counter() - began
                 curve.append((step, *_held_out(model, held_out, task)))
                 began = time.perf_counter()
@@ -111,7 +112,7 @@ def sweep(bench: Bench, setup: Setup, task: str) -> None:
             run = bench.run(replace(setup, rate=rate), task)
             found[rate] = run["curve"][-1][1]
 
-    rates = METHODS[setup.method].rates
+    rates = bench.arguments.rates or METHODS[setup.method].rates
     if bench.arguments.quick:
         rates = rates[1:2]
     try_rates(tuple(rates))
@@ -177,6 +178,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     methods = ["preset", *METHODS]
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--rates", nargs="+", type=float, default=None, help="instead of each method's own")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

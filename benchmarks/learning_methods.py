@@ -6,6 +6,9 @@
     zo-act       a basis fixed at the start, one shared direction, central difference, Adam on C
     default      `--preset default`, at its own learning rate unless one is given
     forward      the same with forward differences
+    rank-1       the same with one direction in each basis
+    head         the same with `--guide head`, windows of ten steps; a window's guide counts as a step: its plain
+                 pass as one forward, its way back through norm and head as another
     exact        the same with exact derivatives (the tangent counts as the second forward)
     first-order  LoRA of the adapter's rank by back-propagation: peft, AdamW
 
@@ -52,6 +55,7 @@ class Method:
     settings: Mapping[str, Any]  # and what differs
     rates: Sequence[float]  # a decade apart; the sweep adds the half decades around the best
     forwards: int = 2  # in a step; a backward pass is counted as two forwards
+    window_forwards: int = 0  # beside the steps' own, in each window
 
 
 METHODS: Mapping[str, Method] = {
@@ -61,6 +65,8 @@ METHODS: Mapping[str, Method] = {
     "zo-act": Method("default", ZO_ACT, (1e-4, 1e-3, 1e-2, 1e-1)),
     "default": Method("default", {}, (1e-2, 1e-1, 1.0, 10.0)),
     "forward": Method("default", {"difference": "forward"}, (1e-2, 1e-1, 1.0, 10.0)),
+    "rank-1": Method("default", {"rank": 1}, (1e-2, 1e-1, 1.0, 10.0)),
+    "head": Method("default", {"guide": "head", "refresh_every": 10}, (1e-2, 1e-1, 1.0, 10.0), window_forwards=2),
     "exact": Method("default", {"difference": "exact"}, (1e-2, 1e-1, 1.0, 10.0)),
     "first-order": Method("default", {}, (1e-4, 1e-3, 1e-2, 1e-1), forwards=3),
 }
@@ -79,6 +85,18 @@ class Setup:
     objective: str
     batch_size: int
 
+    def forwards_after(self, steps: int) -> int:
+        """The forward passes of 16 examples that so many steps of the method take, its windows' own included."""
+        method = METHODS[self.method]
+        every = method.settings.get("refresh_every", steps) or steps
+        return method.forwards * steps + method.window_forwards * -(-steps // max(1, every))
+
+    @property
+    def steps_within_forwards(self) -> int:
+        """`steps`, or as many as take no more forward passes where the method's windows take some as well."""
+        forwards = METHODS[self.method].forwards * self.steps
+        return next(steps for steps in range(self.steps, 0, -1) if self.forwards_after(steps) <= forwards)
+
     def config(self) -> RunConfig:
         """The run's settings; MeZO, LOZO and first-order take the data order, layers and schedule from them."""
         method = METHODS[self.method]
@@ -86,7 +104,7 @@ class Setup:
             "device": "cpu",
             "dtype": "float32",
             "objective": self.objective,
-            "max_steps": self.steps,
+            "max_steps": self.steps_within_forwards,
             "batch_size": self.batch_size,
             "seed": self.seed,
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learning_methods import METHODS
+from learning_methods import Setup
 
 Run = Mapping[str, Any]
 Cell = tuple[str, str, str]  # model, base, task
@@ -54,9 +54,9 @@ def spread_of(seeds: Sequence[Run]) -> float:
 
 def mean_curve(seeds: Sequence[Run]) -> list[tuple[int, float]]:
     """(forward passes, mean loss over the seeds) at each evaluation that all seeds reached."""
-    forwards = METHODS[seeds[0]["setup"]["method"]].forwards
+    setup = Setup(**{name: value for name, value in seeds[0]["setup"].items() if name != "task"})
     points = zip(*(run["curve"] for run in seeds), strict=False)
-    return [(forwards * at[0][0], statistics.mean(point[1] for point in at)) for at in points]
+    return [(setup.forwards_after(at[0][0]), statistics.mean(point[1] for point in at)) for at in points]
 
 
 def forwards_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> float | None:

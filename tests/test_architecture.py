@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "agzo_edge"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
 # Lowest first; what stands on one line knows nothing of its neighbours.
 LAYERS = [
-    {"errors", "units", "templates", "data_config", "config"},
+    {"errors", "units", "templates", "data_config", "config", "writers"},
     {"budget", "numerics"},
     {"model", "record"},
     {"train"},

@@ -83,7 +83,9 @@ def test_a_stopped_run_resumes_to_the_same_bytes(whole_run: Path, tmp_path: Path
     assert adapter_of(tmp_path / "run") == adapter_of(whole_run)
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "momentum"}, {"optimizer": "adam"}, {"target": "dequantized"}])
+@pytest.mark.parametrize(
+    "settings", [{"optimizer": "momentum"}, {"optimizer": "adam"}, {"target": "dequantized"}, {"guide": "head"}]
+)
 def test_every_learner_resumes_to_the_same_bytes(tmp_path: Path, settings: dict[str, str]) -> None:
     trained(tmp_path / "whole", **settings)
     events = training(config_of(tmp_path / "run", **settings))
@@ -93,6 +95,14 @@ def test_every_learner_resumes_to_the_same_bytes(tmp_path: Path, settings: dict[
     events.close()
     trained(tmp_path / "run", resume=True, **settings)
     assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
+
+
+def test_a_guided_run_is_replayed_from_its_directory_and_from_one_file(tmp_path: Path) -> None:
+    trained(tmp_path / "run", guide="head")
+    agzo_edge.replay(tmp_path / "run", output=tmp_path / "replayed")
+    file = agzo_edge.export(tmp_path / "run", to="replay", output=tmp_path / "run.safetensors")
+    agzo_edge.replay(file, output=tmp_path / "from-file")
+    assert adapter_of(tmp_path / "replayed") == adapter_of(tmp_path / "from-file") == adapter_of(tmp_path / "run")
 
 
 def test_a_replay_gives_the_same_adapter_without_model_or_data(whole_run: Path, tmp_path: Path) -> None:

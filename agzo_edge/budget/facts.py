@@ -8,6 +8,7 @@ from typing import Any, Literal
 from agzo_edge.budget.headers import QUANT_STATE, Checkpoint, StoredTensor
 from agzo_edge.budget.hub import open_checkpoint
 from agzo_edge.errors import ModelError, numbered
+from agzo_edge.writers import default_targets
 
 StoredAs = Literal["dense", "4bit", "4bit-nested", "8bit"]
 
@@ -66,10 +67,11 @@ class ModelFacts:
         """The largest tensor of the files."""
         return max(tensor.n_bytes for tensor in self.tensors.values())
 
-    def targets(self, wanted: Sequence[str] | None) -> dict[str, tuple[int, int]]:
-        """The layers to train: those whose path ends in one of `wanted`, all when None."""
+    def targets(self, wanted: Sequence[str] | None, *, guide: str = "none") -> dict[str, tuple[int, int]]:
+        """The layers to train: those whose path ends in one of `wanted`, or a run's own choice when None."""
         if not wanted:
-            return dict(self.linears)
+            own_choice = default_targets(self.linears, guide=guide)
+            return {name: shape for name, shape in self.linears.items() if name in own_choice}
         suffixes = tuple(f".{suffix}" for suffix in wanted)
         chosen = {name: shape for name, shape in self.linears.items() if f".{name}".endswith(suffixes)}
         if not chosen:

@@ -139,7 +139,7 @@ def job_of(
         facts=facts,
         config=config,
         profile=profile,
-        targets=facts.targets(config.target_modules),
+        targets=facts.targets(config.target_modules, guide=config.guide),
         on_cpu=computes_on_cpu(config, profile),
         dtype=compute_dtype(config, profile),
         rows_per_example=rows_per_example,

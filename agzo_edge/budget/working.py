@@ -9,11 +9,15 @@ import math
 from collections.abc import Iterator
 
 from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job, Where
+from agzo_edge.writers import writes_to_residual
 
 LOADER_COPIES = 2  # a tensor as stored and in the compute dtype, while it is quantized
 CUDA_SLACK_SHARE = 0.05  # estimate: what torch's CUDA allocator rounds up or cannot reuse
 SIGN_ENTRY_BYTES = 4 + 2  # a float32, and two bytes while the bits are spread
 GAUSSIAN_ENTRY_BYTES = 4 + 40  # a float32, and float64 words, uniforms, radius, angle and values
+# Float32 copies of a chunk of logits that its way back adds. Measured: 3.0 chunks of 512 x 8,000, in float32 and
+# bfloat16 (torch's profiler, 2026-11).
+GUIDE_LOGITS = 3
 
 # Tensors of width h and of width m that are alive at the MLP's peak. Measured: Llama, Qwen3, Gemma 3
 # 4 h + 3 m; Phi-3 4 h + 4 m; GPT-2, whose GELU is written out, 5.25 h + 4 m; GPT-NeoX, OPT 4 h + 2 m.
@@ -26,6 +30,8 @@ def working_components(job: Job) -> Iterator[Component]:
     parts = [activations(job), attention_mask(job), logits, workspace(job), noise(job)]
     if job.config.written_tokens:
         parts += [kv_cache(job), written_logits(job)]
+    if job.config.guide != "none":
+        parts.append(guide(job))
     yield from parts
     working_bytes = sum(part.n_bytes for part in parts)
     yield allocator_slack(job, working_bytes=working_bytes, logits_bytes=logits.n_bytes)
@@ -120,6 +126,22 @@ def written_logits(job: Job) -> Component:
     entry_bytes = 4 * FLOAT32_BYTES + 2 * 8
     n_bytes = job.rows * job.facts.vocab_size * entry_bytes
     return Component("next token", n_bytes, "device", f"{job.rows} rows x {job.facts.vocab_size:,} tokens x 32 B")
+
+
+def guide(job: Job) -> Component:
+    """What the pass that finds the guides takes beyond a plain one: a chunk of logits on its way back, and guesses.
+
+    The way back holds GUIDE_LOGITS float32 copies of a chunk of one stream's logits. Each guided layer keeps its U,
+    every example's guess (out, rank), and the coordinates of one micro-batch.
+    """
+    config, vocab = job.config, job.facts.vocab_size
+    positions = min(max(1, config.logits_chunk // (FLOAT32_BYTES * vocab)), job.tokens // job.streams)
+    shapes = [shape for name, shape in job.targets.items() if writes_to_residual(name)]
+    columns = config.guide_rank + config.batch_size * config.rank
+    kept = sum(out for out, _ in shapes) * columns + len(shapes) * job.tokens // job.streams * config.rank
+    n_bytes = FLOAT32_BYTES * (GUIDE_LOGITS * positions * vocab + kept)
+    formula = f"{GUIDE_LOGITS} x {positions:,} rows of logits x {vocab:,} tokens, {len(shapes)} guided layers; x 4 B"
+    return Component("guide", n_bytes, "device", formula)
 
 
 def workspace(job: Job) -> Component:

@@ -13,7 +13,10 @@ ConfigFile = Annotated[
 ]
 Preset = Annotated[
     str | None,
-    typer.Option(metavar="|".join(PRESETS), help="Starting values of all settings; paper is Algorithm 1."),
+    typer.Option(
+        metavar="|".join(PRESETS),
+        help="Starting values of all settings; guided asks the head for directions, paper is Algorithm 1.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, and nothing else.")]
 Resume = Annotated[

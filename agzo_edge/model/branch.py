@@ -8,14 +8,18 @@ A branch is plain tensors, so replay can rebuild an adapter without a model.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from agzo_edge.errors import AdapterError, numbered
+from agzo_edge.model.device import sent
 from agzo_edge.model.weights import HeldWeight
 from agzo_edge.numerics.basis import activation_basis, starting_basis
 from agzo_edge.numerics.lowrank import LowRank, compressed, zero_lowrank
+from agzo_edge.numerics.noise import Noise, NoiseKind, draw_noise, guided_noise
+from agzo_edge.writers import writes_to_residual
 
 EXTRACTION_STEPS = 12  # of subspace iteration: a trained change's spectrum falls fast, six already do (tested)
 
@@ -45,6 +49,7 @@ class Branch:
     folded: LowRank  # sum of the past windows, at most adapter_rank after compression
     c: Tensor  # (out_features, rank) float32: this window's coefficients
     moments: list[Tensor] = field(default_factory=list)  # the optimizer's state, shaped like c
+    guide: Tensor | None = None  # U (out_features, directions) float32: what the noise spans; None for everything
     scale: float = 1.0  # s: rms of y over rms length of Aᵀx; 1 when perturbations are absolute
     steps_in_window: int = 0  # updates that c holds; 0 says that c is zero
     held: HeldWeight | None = None  # the weight that windows are written into, when it is held dequantized
@@ -54,6 +59,12 @@ class Branch:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features) of the layer."""
         return self.out_features, self.group.in_features
+
+    def noise(self, kind: NoiseKind, n_examples: int, **key: int) -> Noise:
+        """R of consecutive examples; `key`: seed, step, first_example."""
+        shape, key = (n_examples, *self.c.shape), {**key, "layer": self.index}
+        drawn = draw_noise(kind, shape, **key) if self.guide is None else guided_noise(kind, shape, self.guide, **key)
+        return drawn.placed(partial(sent, device=self.c.device))
 
     def learned(self) -> LowRank:
         """The weight change so far: the folded windows and the present one."""
@@ -109,9 +120,16 @@ def make_branches(
     group_in_features: Sequence[int],
     *,
     rank: int,
+    guide_rank: int = 0,  # output directions of the noise in layers that write to the residual stream; 0 for all
     device: torch.device | str = "cpu",
 ) -> list[Branch]:
     """Untouched branches for `layers`; a group narrower than `rank` gets as many directions as it has."""
+
+    def guide_of(name: str, out_features: int) -> Tensor | None:
+        if not (guide_rank and writes_to_residual(name)):
+            return None
+        return starting_basis(out_features, min(guide_rank, out_features)).to(device)
+
     groups = [
         InputGroup(index, width, starting_basis(width, min(rank, width)).to(device))
         for index, width in enumerate(group_in_features)
@@ -124,6 +142,7 @@ def make_branches(
             out_features=out_features,
             folded=zero_lowrank(out_features, groups[group].in_features, device=device),
             c=torch.zeros(out_features, groups[group].rank, device=device),
+            guide=guide_of(name, out_features),
         )
         for index, (name, out_features, group) in enumerate(layers)
     ]

@@ -17,9 +17,10 @@ from agzo_edge.model.linear import BranchedLinear, FrozenLinear
 from agzo_edge.model.offload import fetch_from_host, place_embeddings, place_of, settle
 from agzo_edge.model.passes import PassContext
 from agzo_edge.model.pieces import let_mlps_work_in_pieces
-from agzo_edge.model.runtime import EdgeModel, attach_branches
+from agzo_edge.model.runtime import EdgeModel, attach_branches, require_guidable
 from agzo_edge.model.weights import HeldWeight, base_weight_of, is_linear, quantized
 from agzo_edge.model.workspace import Workspace
+from agzo_edge.writers import default_targets
 
 
 def load_model(source: str, config: RunConfig) -> EdgeModel:
@@ -53,7 +54,9 @@ def edge_model(network: Any, tokenizer: Any, config: RunConfig, *, source: str) 
     settle(model, config)
     n_parameters = sum(layer.out_features * layer.in_features for layer in model.frozen_layers.values())
     use_threads(config.threads, n_parameters=n_parameters)
-    attach_branches(model, rank=config.rank)
+    attach_branches(model, rank=config.rank, guide_rank=config.guide_rank if config.guide == "head" else 0)
+    if config.guide == "head":
+        require_guidable(model)
     return model
 
 
@@ -64,7 +67,7 @@ def _replace_layers(
 
     A layer is quantized when its turn comes: the weights still to come are in their files, not in memory.
     """
-    targets = target_names(network, config.target_modules, source=source)
+    targets = target_names(network, config.target_modules, source=source, guide=config.guide)
     head = network.get_output_embeddings()
     place = place_of(device, outside=config.offload == "layers")
     layers = {name: module for name, module in network.named_modules() if is_linear(module)}
@@ -163,15 +166,15 @@ def _refuse_other_quantization(source: str, config: RunConfig) -> None:
             raise ModelError(f"{source}: is quantized by {method}; only bitsandbytes can be read")
 
 
-def target_names(network: Any, wanted: Sequence[str] | None, *, source: str) -> set[str]:
-    """The linear layers to train: those whose path ends in one of `wanted`, or all but the head.
+def target_names(network: Any, wanted: Sequence[str] | None, *, source: str, guide: str = "none") -> set[str]:
+    """The linear layers to train: those whose path ends in one of `wanted`, or a run's own choice of all but the head.
 
     Raises ModelError naming each entry of `wanted` that matches nothing.
     """
     head = network.get_output_embeddings()
     names = [name for name, module in network.named_modules() if is_linear(module) and module is not head]
     if not wanted:
-        return set(names)
+        return default_targets(names, guide=guide)
     matches = {w: {name for name in names if name == w or name.endswith(f".{w}")} for w in wanted}
     if missing := [w for w, found in matches.items() if not found]:
         kinds = sorted({re.sub(r".*\.", "", name) for name in names})

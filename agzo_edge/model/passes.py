@@ -48,6 +48,7 @@ class PassContext:
     base_only: bool = False  # leave out all that was learned: the model as it was
     power_iterations: int = 3
     relative: bool = True
+    kept: dict[str, list[Tensor]] | None = None  # Aᵀ x of guided layers, piece by piece; None: nobody asks
     mlp_chunk_tokens: int | None = None  # tokens of each row that an MLP works on at once; None: all
     _tokens: slice = field(default_factory=lambda: slice(None))  # those that the layers see now
     _refreshed: set[tuple[int, int | None]] = field(default_factory=set)
@@ -77,6 +78,15 @@ class PassContext:
         finally:
             self.mask, self.perturbation, self.refresh, self.base_only = before
             self._coordinates = None
+
+    @contextmanager
+    def keeping_coordinates(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Inside, plain passes keep what the guided layers read: Aᵀ x (rows, tokens, rank) by layer, in pieces."""
+        self.kept = {}
+        try:
+            yield self.kept
+        finally:
+            self.kept = None
 
     @contextmanager
     def seeing(self, tokens: slice) -> Iterator[None]:
@@ -131,7 +141,9 @@ class PassContext:
         self._products[group.index] = self._products.get(group.index, torch.zeros_like(product)) + product
 
     def see_output(self, branch: Branch, inputs: Tensor, outputs: Tensor) -> None:
-        """Let the branch's scale s = rms(y) / rms|Aᵀx| take part in the refresh."""
+        """Let the branch's scale s = rms(y) / rms|Aᵀx| take part in the refresh, and its coordinates be kept."""
+        if self.kept is not None and branch.guide is not None and not self.base_only:
+            self.kept.setdefault(branch.name, []).append(self.coordinates(branch.group, inputs))
         if not self.relative or self.refresh in (Refresh.NONE, Refresh.ACCUMULATE):
             return
         y = self.unperturbed(outputs).float()

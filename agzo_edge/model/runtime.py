@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agzo_edge.errors import ModelError
 from agzo_edge.model.branch import Branch, InputGroup, make_branches
@@ -30,6 +30,7 @@ class EdgeModel:
     context: PassContext
     source: str  # the directory or hub id it came from
     branches: list[Branch]
+    last_module: nn.Module | None = None  # the one that puts the hidden states out: the last norm
     transposed: bool = False  # its layers are GPT-2's Conv1D, whose weights are stored (in, out)
     logits_chunk_bytes: int = 64 * MIB  # float32 logits that exist at once
     offloaded: str = "none"  # what waits outside the device: none, embeddings or layers
@@ -124,7 +125,7 @@ class EdgeModel:
         return digest.hexdigest()
 
 
-def attach_branches(model: EdgeModel, *, rank: int) -> None:
+def attach_branches(model: EdgeModel, *, rank: int, guide_rank: int = 0) -> None:
     """Give every BranchedLinear of the model an untouched branch; layers with the same input share a basis.
 
     Who shares is seen, not guessed from names: a tiny forward records which tensor each layer was given.
@@ -152,10 +153,19 @@ def attach_branches(model: EdgeModel, *, rank: int) -> None:
             tensors.append(x)
         layers.append((name, layer.out_features, group))
     widths = [x.shape[-1] for x in tensors]
-    model.branches = make_branches(layers, widths, rank=rank, device=model.device)
+    model.branches = make_branches(layers, widths, rank=rank, guide_rank=guide_rank, device=model.device)
     for branch, layer in zip(model.branches, model.layers.values(), strict=True):
         layer.branch = branch
         branch.held = layer.base if isinstance(layer.base, HeldWeight) else None
+
+
+def require_guidable(model: EdgeModel) -> None:
+    """Raise ModelError for a model in which the errors at the head guide no layer's noise."""
+    if all(branch.guide is None for branch in model.branches):
+        raise ModelError(f"{model.source}: none of the layers to train writes to the residual stream: use --guide none")
+    last = model.last_module
+    if last is None or any(isinstance(module, BranchedLinear) for module in last.modules()):
+        raise ModelError(f"{model.source}: its hidden states come from no last norm: use --guide none")
 
 
 def _layer_inputs(model: EdgeModel) -> dict[str, Tensor]:
@@ -167,10 +177,19 @@ def _layer_inputs(model: EdgeModel) -> dict[str, Tensor]:
     ]
     ids = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0) % model.vocab_size
     mask = torch.ones_like(ids)
+    put_out: dict[int, Any] = {}  # by the address of a tensor, the module that put it there last
+
+    def see(module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            put_out[output.data_ptr()] = module
+
+    hooks += [module.register_forward_hook(see) for module in model.network.base_model.modules()]
     try:
         with torch.no_grad(), model.context.running(mask=mask.bool(), refresh=Refresh.NONE):
             expected = model.network(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            put_out.clear()
             hidden = model.hidden_states(ids, mask)
+            model.last_module = put_out.get(hidden.data_ptr())
             ours = model.logits(hidden)
             ids[:, -1] += 1
             before_last = model.hidden_states(ids, mask)[:, :-1]

@@ -152,6 +152,7 @@ class HostHead(FrozenLinear):
     def __init__(self, weight: BaseWeight, bias: Tensor | None, *, device: torch.device, part_bytes: int) -> None:
         super().__init__(weight, bias)
         self.device = device
+        self._part: tuple[int, Tensor] | None = None  # on the device: the part in use, by its first word
         self.words_at_once = max(1, part_bytes * self.out_features // weight.dense().nbytes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,12 +160,19 @@ class HostHead(FrozenLinear):
         return torch.cat([part(x) for _, part in self.parts()], dim=-1)
 
     def parts(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
-        """The parts of the vocabulary in order, each with its head; a part is copied when it is come to."""
+        """The parts of the vocabulary in order, each with its head; one at a time is on the device."""
         for start in range(0, self.out_features, self.words_at_once):
             words = slice(start, min(start + self.words_at_once, self.out_features))
-            weight = self.base.dense()[words].to(self.device, non_blocking=True)
-            bias = None if self.bias is None else self.bias[words]
-            yield words, partial(F.linear, weight=weight, bias=bias)
+            yield words, partial(self._logits_of, words=words)
+        self._part = None
+
+    def _logits_of(self, x: Tensor, *, words: slice) -> Tensor:
+        """(..., hidden_size) -> (..., words); copies the part's weight unless it was the last one in use."""
+        if self._part is None or self._part[0] != words.start:
+            self._part = None  # given back before the next one is asked for
+            self._part = words.start, self.base.dense()[words].to(self.device, non_blocking=True)
+        bias = None if self.bias is None else self.bias[words]
+        return F.linear(x, self._part[1], bias)
 
 
 def embed_on_host(module: nn.Embedding, *, device: torch.device) -> list[Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]  # (..., hidden_size) -> (..., words) logits of some part of the vocabulary
 
@@ -36,13 +37,25 @@ def label_losses(
     for words, head in head_parts:
         size = chunk_tokens(words.stop - words.start, hidden.shape[0], chunk_bytes)
         starts = range(0, labels.shape[0], size)
-        chunks = [part_scores(head(hidden[:, i : i + size]), labels[i : i + size], words.start) for i in starts]
+        chunks = [_chunk_scores(head, hidden[:, i : i + size], labels[i : i + size], words.start) for i in starts]
         part_sum, part_label = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
         log_sum = part_sum if log_sum is None else torch.logaddexp(log_sum, part_sum)
         at_label = part_label if at_label is None else at_label + part_label
     assert log_sum is not None
     assert at_label is not None
     return log_sum - at_label
+
+
+def _chunk_scores(head: Head, hidden: Tensor, labels: Tensor, first_word: int) -> tuple[Tensor, Tensor]:
+    """`part_scores` of a chunk; where a gradient is asked for, its logits are made again rather than kept."""
+
+    def scores(states: Tensor) -> tuple[Tensor, Tensor]:
+        return part_scores(head(states), labels, first_word)
+
+    if not hidden.requires_grad:
+        return scores(hidden)
+    found: tuple[Tensor, Tensor] = checkpoint(scores, hidden, use_reentrant=False, preserve_rng_state=False)
+    return found
 
 
 def part_scores(

@@ -7,7 +7,7 @@ unpacked on the device that uses them; a CPU and a GPU therefore see the same no
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -25,23 +25,30 @@ NoiseKind = Literal["sign", "gaussian"]
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise R of one layer, a slice for each example: packed signs, or Gaussian values."""
+    """The noise R of one layer, a slice for each example: packed signs or Gaussian values E, or S E of a span S."""
 
-    shape: tuple[int, int, int]  # (examples, out_features, rank)
+    shape: tuple[int, int, int]  # (examples, out_features, rank); inside a span (examples, directions, rank)
     stored: Tensor  # (examples, bytes) uint8 of `sign_bits`, or the values themselves in float32
+    span: Tensor | None = None  # S (out_features, directions) float32; None: all directions, R = E
 
     @property
     def is_packed(self) -> bool:
         """Whether `stored` holds a bit for each entry."""
         return self.stored.dtype is torch.uint8
 
+    @property
+    def inside(self) -> "Noise":
+        """E, the noise by its coordinates in the span."""
+        return replace(self, span=None)
+
     def placed(self, place: Callable[[Tensor], Tensor]) -> "Noise":
         """The same noise, stored where `place` puts it."""
-        return Noise(self.shape, place(self.stored))
+        return replace(self, stored=place(self.stored))
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The entries (examples, out_features, rank)."""
-        return unpack_signs(self.stored, self.shape, dtype) if self.is_packed else self.stored.to(dtype)
+        entries = unpack_signs(self.stored, self.shape, dtype) if self.is_packed else self.stored.to(dtype)
+        return entries if self.span is None else self.span.to(dtype) @ entries
 
 
 def raw_words(
@@ -135,3 +142,21 @@ def draw_noise(
 ) -> Noise:
     """The noise R of one layer on the CPU, one slice for each example; `key`: seed, step, layer, first_example."""
     return Noise(shape, gaussian_noise(shape, **key) if kind == "gaussian" else sign_bits(shape, **key))
+
+
+def guided_noise(
+    kind: NoiseKind,
+    shape: tuple[int, int, int],  # (examples, out_features, rank)
+    guide: Tensor,  # U (out_features, directions) float32, orthonormal columns
+    **key: int,
+) -> Noise:
+    """The noise R = sqrt(out_features / directions) U E, E drawn as `draw_noise` does.
+
+    Its entries have mean square 1, as those of full noise have; with as many directions as outputs it is full noise.
+    Source: guided directions, Maheswaranathan et al., arXiv 1806.10230, here on the side of the outputs, as AGZO's
+    basis is on that of the inputs.
+    """
+    n_examples, out_features, rank = shape
+    directions = guide.shape[1]
+    drawn = draw_noise(kind, (n_examples, directions, rank), **key)
+    return replace(drawn, span=guide * (out_features / directions) ** 0.5)

@@ -38,6 +38,9 @@ def perturbed_product(
 
     Source: AGZO, arXiv 2601.17261, the perturbation mu R Aᵀ, here on the layer's output.
     """
+    if noise.span is not None:
+        inside = perturbed_product(coordinates, noise.inside, example=example, factors=factors)
+        return _spanned_product(inside, noise.span, coordinates=coordinates, coefficients=coefficients, onto=onto)
     if (kernels := kernels_for(noise)) is not None:
         product: Tensor = kernels.perturbed_product(
             coordinates, noise, example=example, factors=factors, coefficients=coefficients, onto=onto
@@ -46,6 +49,24 @@ def perturbed_product(
     product_in = _joined_product if coordinates.dtype is torch.float32 else _separate_product
     of_rows = noise.dense(coordinates.dtype)[example]  # (rows, out_features, rank)
     return product_in(coordinates, of_rows, factors=factors, coefficients=coefficients, onto=onto)
+
+
+def _spanned_product(
+    inside: Tensor,  # (streams * rows, tokens, directions): factor E_b Aᵀ x
+    span: Tensor,  # (out_features, directions) float32
+    *,
+    coordinates: Tensor,
+    coefficients: Tensor | None,
+    onto: Tensor | None,
+) -> Tensor:  # (streams * rows, tokens, out_features)
+    """S inside + C Aᵀ x: one product with (S, C), so the output is written once, and nothing per example is wide."""
+    if coefficients is not None:
+        inside, span = torch.cat([inside, coordinates], dim=-1), torch.cat([span, coefficients], dim=1)
+    flat, weights = inside.flatten(0, 1), span.to(inside.dtype)
+    if onto is None:
+        return (flat @ weights.mT).view(*inside.shape[:-1], -1)
+    onto.view(-1, onto.shape[-1]).addmm_(flat, weights.mT)
+    return onto
 
 
 def _joined_product(

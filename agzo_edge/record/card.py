@@ -17,6 +17,12 @@ _METHOD = (
 )
 
 
+_GUIDE = (
+    "Once in a window of steps it also used the error at the model's head (back-propagation through the head and the "
+    "last norm only) to choose the directions of its noise."
+)
+
+
 def model_card(facts: Mapping[str, Any]) -> str:
     """The text of README.md for an adapter. A fact that is missing or None leaves its line out.
 
@@ -29,6 +35,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         _front_matter(known),
         f"# LoRA adapter for {_name(known['base_model'])}\n" if "base_model" in known else "# LoRA adapter\n",
         _METHOD + "\n",
+        _GUIDE + "\n" if known.get("settings", {}).get("guide") == "head" else "",
         _table("What it was trained on", _data_lines(known)),
         _table("Result", _result_lines(known)),
         _table("Settings", {name: _code(value) for name, value in known.get("settings", {}).items()}),

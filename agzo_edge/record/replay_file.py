@@ -6,6 +6,7 @@ of its JSON. All of it is under one checksum (tensors.py).
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from agzo_edge.record.tensors import checked_bytes, read_checked
 
 HEADER_NAME = "header"
 _START = "start."
+_WINDOW = "window."  # then the step that opened it, and the tensor's name in its file
+_WINDOW_TENSOR = re.compile(r"scales|(basis|guide)\.\d+")
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,7 @@ def save_replay(path: Path, run: ReplayFile) -> int:
         "weights": torch.tensor([record["weights"] for record in records], dtype=torch.float32),
     }
     for step, window in run.windows.items():
-        tensors[f"scales.{step}"] = torch.tensor(window.scales, dtype=torch.float64)
-        tensors |= {f"basis.{step}.{group}": basis.contiguous() for group, basis in window.bases.items()}
+        tensors |= {f"{_WINDOW}{step}.{name}": tensor for name, tensor in window.tensors().items()}
     tensors |= {_START + name: tensor.contiguous() for name, tensor in run.start.items()}
     tensors[HEADER_NAME] = torch.frombuffer(bytearray(json.dumps(dict(run.header)).encode()), dtype=torch.uint8)
     data = checked_bytes(tensors)
@@ -74,15 +76,19 @@ def load_replay(path: Path) -> ReplayFile:
 
 def _windows(tensors: Mapping[str, Tensor], path: Path) -> dict[int, WindowBases]:
     """The windows' bases by the step that opened them."""
-    bases: dict[int, dict[int, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "basis":
-            step, _, group = rest.partition(".")
-            if not (step.isdecimal() and group.isdecimal()) or not tensor.isfinite().all():
-                raise AdapterError(f"{path}: {name} is no basis")
-            bases.setdefault(int(step), {})[int(group)] = tensor
-    missing = [step for step in bases if f"scales.{step}" not in tensors]
-    if missing:
-        raise AdapterError(f"{path}: the scales of the window at step {missing[0]} are missing")
-    return {step: WindowBases(groups, tensors[f"scales.{step}"].tolist()) for step, groups in bases.items()}
+    windows: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(_WINDOW):
+            step, _, name = key.removeprefix(_WINDOW).partition(".")
+            if not step.isdecimal() or not _WINDOW_TENSOR.fullmatch(name):
+                raise AdapterError(f"{path}: {key} is no tensor of a window")
+            windows.setdefault(int(step), {})[name] = tensor
+    try:
+        return {step: WindowBases.of_tensors(part, _shapes(part)) for step, part in windows.items()}
+    except (KeyError, ValueError) as error:
+        raise AdapterError(f"{path}: the bases of a window cannot be used: {error}") from None
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Those that the tensors have: the learner that takes them compares them with its own."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

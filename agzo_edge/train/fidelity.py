@@ -16,7 +16,7 @@ from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.loop import bases_kept, batches_of_step
 from agzo_edge.train.objective import Goal
 from agzo_edge.train.probe import CANDIDATES, MuProbe, finite_or_nan, probe_mu
-from agzo_edge.train.step import find_bases, measure
+from agzo_edge.train.step import find_window, measure
 
 SIZES = (*CANDIDATES, 0.0003, 0.0001)  # what mu auto chooses from, and the two half decades below
 N_DRAWS = 4  # of the noise: with a batch of 16, 64 directions
@@ -67,7 +67,7 @@ def fidelity(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goa
         return torch.cat([each.projected for each in seen])
 
     with bases_kept(model):
-        find_bases(model, batches, config)
+        find_window(model, batches, config, goal=goal)
         exact = projected(1.0, config.model_copy(update={"difference": "exact"}))
         errors = [relative_error(finite_or_nan(projected, size), exact) for size in SIZES]
         return Fidelity(SIZES, tuple(errors), probe_mu(lambda mu: projected(mu, draws=1)))

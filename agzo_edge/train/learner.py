@@ -7,18 +7,17 @@ coefficients, bit for bit, which is what replay and resume stand on.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from agzo_edge.config import AgzoConfig
 from agzo_edge.model.branch import Branch
-from agzo_edge.model.device import sent
 from agzo_edge.numerics.estimate import Spread, clipped, gradient_estimate
 from agzo_edge.numerics.lowrank import LowRank
-from agzo_edge.numerics.noise import draw_noise, rounding_bits
+from agzo_edge.numerics.noise import rounding_bits
 from agzo_edge.numerics.update import N_MOMENTS, direction_, reprojected, scheduled_rate
+from agzo_edge.record.bases import WindowBases
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ class Learner:
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Inside, an error or an interrupt puts windows, bases and scales back to where they were."""
-        before = [(b.folded, b.c, b.steps_in_window, b.group.basis, b.scale) for b in self.branches]
+        before = [(b.folded, b.c, b.steps_in_window, b.group.basis, b.scale, b.guide) for b in self.branches]
         try:
             yield
         except BaseException:
-            for b, (folded, c, steps, basis, scale) in zip(self.branches, before, strict=True):
-                b.group.basis, b.scale = basis, scale
+            for b, (folded, c, steps, basis, scale, guide) in zip(self.branches, before, strict=True):
+                b.group.basis, b.scale, b.guide = basis, scale, guide
                 if b.held is None:  # a window written into a held weight stays there, and c is empty
                     b.folded, b.c, b.steps_in_window = folded, c, steps
             raise
@@ -76,6 +75,14 @@ class Learner:
                 branch.moments = [reprojected(m, old, branch.group.basis) for m in branch.moments]
             else:  # Adam's second moment has no meaning in another basis
                 branch.moments = [torch.zeros_like(branch.c) for _ in range(N_MOMENTS[self.config.optimizer])]
+
+    def window(self) -> WindowBases:
+        """What the present window fixed."""
+        return WindowBases(
+            bases={branch.group.index: branch.group.basis for branch in self.branches},
+            scales=[branch.scale for branch in self.branches],
+            guides={branch.index: branch.guide for branch in self.branches if branch.guide is not None},
+        )
 
     def learning_rate(self, step: int) -> float:
         """The scheduled learning rate at `step`."""
@@ -113,15 +120,8 @@ class Learner:
 
     def _gradient(self, branch: Branch, step: int, shares: Tensor) -> Tensor:  # (out_features, rank)
         """The estimate of dL/dC from the step's noise, drawn again."""
-        noise = draw_noise(
-            self.config.noise,
-            (shares.shape[0], *branch.c.shape),
-            seed=self.config.seed,
-            step=step,
-            layer=branch.index,
-            first_example=0,
-        )
-        return gradient_estimate(noise.placed(partial(sent, device=branch.c.device)), shares)
+        noise = branch.noise(self.config.noise, shares.shape[0], seed=self.config.seed, step=step, first_example=0)
+        return gradient_estimate(noise, shares)
 
     def _normalized(self, projected: Tensor, spread: Spread) -> Tensor:
         """The projected gradients, clipped at a multiple of their spread so far and divided by it.
@@ -167,6 +167,11 @@ class Learner:
             if folded.shape != branch.shape or here["c"].shape != branch.c.shape:
                 raise ValueError(f"{branch.name} has other shapes")
             branch.folded, branch.c = folded, here["c"]
+            if branch.guide is not None:
+                guide = tensors[f"guide.{branch.index}"].to(device)
+                if guide.shape != branch.guide.shape:
+                    raise ValueError(f"{branch.name} has another guide")
+                branch.guide = guide
             n_moments = N_MOMENTS[self.config.optimizer]
             moments = [f"moment_{i}.{branch.index}" for i in range(n_moments)]
             branch.moments = [tensors[name].to(device, copy=True) for name in moments if name in tensors]
@@ -175,4 +180,6 @@ class Learner:
 def _tensors_of(branch: Branch) -> dict[str, Tensor]:
     """A branch's learned tensors by name; copies of those that a step changes in place."""
     tensors = {"folded_c": branch.folded.c, "folded_a": branch.folded.a, "c": branch.c.clone()}
+    if branch.guide is not None:
+        tensors["guide"] = branch.guide
     return tensors | {f"moment_{i}": moment.clone() for i, moment in enumerate(branch.moments)}

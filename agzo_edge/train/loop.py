@@ -8,7 +8,6 @@ from functools import partial
 
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, NonFiniteLossError
-from agzo_edge.model.passes import Refresh
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.train.data import Batch, Example, ExampleSet, longest_examples, micro_batches, pad_id_of
 from agzo_edge.train.guard import Guard
@@ -16,7 +15,7 @@ from agzo_edge.train.learner import Learner
 from agzo_edge.train.objective import Goal, loss_of
 from agzo_edge.train.order import chosen_examples
 from agzo_edge.train.probe import MuProbe, probe_mu
-from agzo_edge.train.step import StepRecord, agzo_step, find_bases, is_one_pass, measure
+from agzo_edge.train.step import StepRecord, agzo_step, begin_window, find_window, measure
 
 REHEARSAL_MU = 1e-3  # any size: only the memory of the passes is looked at
 
@@ -95,10 +94,8 @@ def rehearse(model: EdgeModel, data: ExampleSet, *, guard: Guard, goal: Goal | N
 
     def longest_batch(config: RunConfig) -> None:
         batches = _micro_batches(model, longest_examples(data, config.batch_size), config=config)
-        refresh = Refresh.IN_PASS if is_one_pass(batches, config) else Refresh.NONE
         with bases_kept(model):
-            if refresh is Refresh.NONE:
-                find_bases(model, batches, config)
+            refresh = begin_window(model, batches, config, goal=goal)
             measure(model, batches, step=0, mu=REHEARSAL_MU, config=config, refresh=refresh, goal=goal)
 
     guard.rehearse(longest_batch)
@@ -106,13 +103,13 @@ def rehearse(model: EdgeModel, data: ExampleSet, *, guard: Guard, goal: Goal | N
 
 @contextmanager
 def bases_kept(model: EdgeModel) -> Iterator[None]:
-    """After the block, bases and scales are those from before it."""
-    before = [(branch, branch.group.basis, branch.scale) for branch in model.branches]
+    """After the block, bases, scales and guides are those from before it."""
+    before = [(branch, branch.group.basis, branch.scale, branch.guide) for branch in model.branches]
     try:
         yield
     finally:
-        for branch, basis, scale in before:
-            branch.group.basis, branch.scale = basis, scale
+        for branch, basis, scale, guide in before:
+            branch.group.basis, branch.scale, branch.guide = basis, scale, guide
 
 
 def require_finite(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal | None = None) -> None:
@@ -142,5 +139,5 @@ def probed_mu(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Go
     """
     batches = batches_of_step(model, data, step=0, config=config)
     with bases_kept(model):
-        find_bases(model, batches, config)
+        find_window(model, batches, config, goal=goal)
         return probe_mu(lambda mu: measure(model, batches, step=0, mu=mu, config=config, goal=goal)[0].projected)

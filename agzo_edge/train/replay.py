@@ -1,14 +1,15 @@
 """A run's learning done again from its records: no data, no model weights, no forward pass."""
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from agzo_edge.errors import ConfigError
+from agzo_edge.record.bases import WindowBases
 from agzo_edge.train.learner import Learner, Measurement
 
-BasesOf = Callable[[int], tuple[Mapping[int, torch.Tensor], Sequence[float]]]  # step -> bases by group, scales by layer
+BasesOf = Callable[[int], WindowBases]  # what the window that opened at a step fixed
 
 
 def replay(
@@ -33,7 +34,7 @@ def replay(
         step = int(record["step"])
         if learner.window_starts(step):
             learner.close_window(step)
-            take_bases(learner, *bases_of(step))
+            take_bases(learner, bases_of(step))
             learner.open_window()
         measured = Measurement(
             torch.tensor(record["projected"], dtype=torch.float32),
@@ -42,8 +43,10 @@ def replay(
         learner.apply(step, measured, learning_rate=float(record["learning_rate"]), move=step not in skip)
 
 
-def take_bases(learner: Learner, bases: Mapping[int, torch.Tensor], scales: Sequence[float]) -> None:
-    """Give the learner's layers the bases and scales of a window."""
-    for branch, scale in zip(learner.branches, scales, strict=True):
-        branch.group.basis = bases[branch.group.index].to(branch.c.device)
+def take_bases(learner: Learner, window: WindowBases) -> None:
+    """Give the learner's layers the bases, scales and guides of a window."""
+    for branch, scale in zip(learner.branches, window.scales, strict=True):
+        branch.group.basis = window.bases[branch.group.index].to(branch.c.device)
         branch.scale = scale
+        if branch.guide is not None:
+            branch.guide = window.guides[branch.index].to(branch.c.device)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,12 +9,12 @@ from torch import Tensor
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import NonFiniteLossError
 from agzo_edge.model.branch import Branch
-from agzo_edge.model.device import sent
 from agzo_edge.model.passes import Perturbation, Refresh
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.estimate import projected_gradients
-from agzo_edge.numerics.noise import Noise, draw_noise
+from agzo_edge.numerics.noise import Noise
 from agzo_edge.train.data import Batch
+from agzo_edge.train.guide import find_guides
 from agzo_edge.train.learner import Learner, Measurement
 from agzo_edge.train.objective import GOALS, Goal, loss_of, run_layers
 
@@ -54,10 +53,7 @@ def agzo_step(
     with learner.undone_on_error():
         if learner.window_starts(step):
             left_out = learner.close_window(step)
-            refresh = Refresh.IN_PASS
-            if not is_one_pass(batches, config):  # the whole batch must shape the basis, not its first part
-                find_bases(model, batches, config)
-                refresh = Refresh.NONE
+            refresh = begin_window(model, batches, config, goal=goal)
         measured, loss = measure(model, batches, step=step, mu=mu, config=config, goal=goal, refresh=refresh)
         if left_out is not None:
             learner.open_window()
@@ -129,15 +125,7 @@ def _noise_of(*, n_examples: int, first_example: int, step: int, config: RunConf
     """The noise of a micro-batch as a function of the branch."""
 
     def noise_of(branch: Branch) -> Noise:
-        drawn = draw_noise(
-            config.noise,
-            (n_examples, *branch.c.shape),
-            seed=config.seed,
-            step=step,
-            layer=branch.index,
-            first_example=first_example,
-        )
-        return drawn.placed(partial(sent, device=branch.c.device))
+        return branch.noise(config.noise, n_examples, seed=config.seed, step=step, first_example=first_example)
 
     return noise_of
 
@@ -162,6 +150,28 @@ def _measured(losses: Tensor, batches: Sequence[Batch], *, mu: float, config: Ru
         projected, weights_out = (weights @ projected).reshape(1), torch.ones(1)
         return Measurement(projected, weights_out), float(weights @ at_zero)
     return Measurement(projected, weights), float(weights @ at_zero)
+
+
+def begin_window(model: EdgeModel, batches: Sequence[Batch], config: RunConfig, *, goal: Goal | None = None) -> Refresh:
+    """What is left to the step's own pass of finding the window's bases, scales and guides.
+
+    Bases may wait for it where it sees the whole batch, no part of which may shape a basis alone. Guides may not: the
+    noise is drawn in them. They take a plain pass before it, in which the bases are then found as well.
+    """
+    if not is_one_pass(batches, config):
+        find_window(model, batches, config, goal=goal)
+    elif config.guide == "none":
+        return Refresh.IN_PASS
+    else:
+        find_guides(model, batches, goal or GOALS[config.objective], refresh=Refresh.IN_PASS)
+    return Refresh.NONE
+
+
+def find_window(model: EdgeModel, batches: Sequence[Batch], config: RunConfig, *, goal: Goal | None = None) -> None:
+    """Find bases, scales and guides in plain passes."""
+    find_bases(model, batches, config)
+    if config.guide != "none":
+        find_guides(model, batches, goal or GOALS[config.objective], refresh=Refresh.NONE)
 
 
 def find_bases(model: EdgeModel, batches: Sequence[Batch], config: RunConfig) -> None:

@@ -42,6 +42,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
         "directions": draw(st.sampled_from(["example", "shared"])),
         "noise": draw(st.sampled_from(["sign", "gaussian"])),
         "optimizer": draw(st.sampled_from(["sgd", "momentum", "adam", "sign"])),
+        "guide": draw(st.sampled_from(["none", "head"])),
     })  # fmt: skip
 
 
@@ -65,6 +66,17 @@ def test_more_of_a_setting_never_needs_less_memory(field: str, config: RunConfig
     assert (
         predicted_memory(FACTS, larger, profile).device_bytes >= predicted_memory(FACTS, config, profile).device_bytes
     )
+
+
+def test_a_guide_takes_three_chunks_of_logits_and_leaves_out_the_layers_that_it_cannot_lead() -> None:
+    settings = {"logits_chunk": 2**20, "batch_size": 4, "max_seq_length": 256}
+    plain = predicted_memory(WIDE, config_from(settings), CPU)
+    guided = predicted_memory(WIDE, config_from({**settings, "guide": "head"}), CPU)
+    chunk = 2**20 // (4 * 32_000) * 4 * 32_000
+    kept = component(guided, "guide") - 3 * chunk
+    assert 0 < kept < 16 * 1024 * (4 + 4 * 4) * 4 + 16 * 4 * 256 * 4 * 4 + 1
+    assert component(guided, "adapter") < component(plain, "adapter")
+    assert all(part.name != "guide" for part in plain.components)
 
 
 @given(config=configs(), size=st.integers(1, 64))

@@ -16,7 +16,7 @@ from agzo_edge.numerics.estimate import (
     mean_square,
     projected_gradients,
 )
-from agzo_edge.numerics.noise import NoiseKind, draw_noise
+from agzo_edge.numerics.noise import NoiseKind, draw_noise, guided_noise
 
 
 def test_projected_gradients_are_the_textbook_differences() -> None:
@@ -27,20 +27,28 @@ def test_projected_gradients_are_the_textbook_differences() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sign", "gaussian"])
-def test_the_estimates_mean_is_the_gradient_inside_the_basis(kind: NoiseKind) -> None:
+@pytest.mark.parametrize("directions", [None, 2])
+def test_the_estimates_mean_is_the_gradient_inside_basis_and_guide(kind: NoiseKind, directions: int | None) -> None:
     # loss_b(W) = ½ ‖W H_b − T_b‖²: a quadratic, so the derivative along R Aᵀ is exactly <∇_b, R Aᵀ>
     generator = torch.Generator().manual_seed(0)
     examples, out_features, in_features, rank, draws = 3, 4, 6, 2, 4000
     gradients = torch.randn(examples, out_features, in_features, generator=generator)
     weights = torch.tensor([0.5, 0.3, 0.2])
     basis = starting_basis(in_features, rank)
+    guide = torch.eye(out_features) if directions is None else starting_basis(out_features, directions)
+    key = {"seed": 1, "layer": 0, "first_example": 0}
+    shape = (examples, out_features, rank)
     estimates = []
     for step in range(draws):
-        noise = draw_noise(kind, (examples, out_features, rank), seed=1, step=step, layer=0, first_example=0)
+        if directions is None:
+            noise = draw_noise(kind, shape, step=step, **key)
+        else:
+            noise = guided_noise(kind, shape, guide, step=step, **key)
         projected = (gradients * (noise.dense() @ basis.T)).sum((1, 2))
         estimates.append(gradient_estimate(noise, weights * projected) @ basis.T)
     stacked = torch.stack(estimates)
-    expected = torch.einsum("b,boi->oi", weights, gradients) @ basis @ basis.T
+    longer = out_features / guide.shape[1]  # the noise is as large as full noise, in fewer directions
+    expected = longer * guide @ guide.T @ torch.einsum("b,boi->oi", weights, gradients) @ basis @ basis.T
     error = (stacked.mean(0) - expected).abs() / (stacked.std(0) / draws**0.5)
     assert float(error.max()) < 5  # standard errors
     assert float(stacked.mean(0).norm()) > 10 * float((stacked.mean(0) - expected).norm())

@@ -5,10 +5,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
+from agzo_edge.numerics.basis import starting_basis
 from agzo_edge.numerics.noise import (
+    NoiseKind,
     draw_noise,
     gaussian_noise,
+    guided_noise,
     raw_words,
     rounding_bits,
     sign_bits,
@@ -137,3 +141,27 @@ def test_rounding_bits_are_uniform_and_their_own() -> None:
     assert float(bits.float().mean()) == pytest.approx(2**15 - 0.5, rel=0.01)
     assert torch.equal(bits, rounding_bits((301, 333), seed=7, step=3, layer=5))
     assert not torch.equal(bits, rounding_bits((301, 333), seed=7, step=4, layer=5))
+
+
+@FEW
+@given(
+    kind=st.sampled_from(["sign", "gaussian"]),
+    out_features=st.integers(2, 30),
+    rank=st.integers(1, 5),
+    directions=st.integers(1, 6),
+)
+def test_guided_noise_lies_in_its_guide_and_is_as_large_as_full_noise(
+    kind: NoiseKind, out_features: int, rank: int, directions: int
+) -> None:
+    guide = starting_basis(out_features, min(directions, out_features))
+    noise = guided_noise(kind, (3, out_features, rank), guide, first_example=0, **KEY)
+    assert noise.stored.shape[0] == 3
+    r = noise.dense()
+    assert_close(guide @ (guide.T @ r), r, rtol=1e-4, atol=1e-4)
+    if kind == "sign":
+        assert float(r.square().mean()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_guide_with_every_direction_leaves_full_noise() -> None:
+    guided = guided_noise("sign", (2, 7, 3), torch.eye(7), first_example=1, **KEY)
+    assert torch.equal(guided.dense(), draw_noise("sign", (2, 7, 3), first_example=1, **KEY).dense())

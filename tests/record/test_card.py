@@ -64,3 +64,9 @@ def test_no_text_breaks_out_of_its_table() -> None:
     hostile = model_card({"base_model": 'x/y"\nevil: true', "data_file": "`|`\n# title"})
     assert "evil" not in _front_matter(hostile)
     assert "\n# title" not in hostile
+
+
+def test_a_guided_run_says_that_it_used_the_error_at_the_head() -> None:
+    said = "the error at the model's head"
+    assert said in model_card(FACTS | {"settings": {"guide": "head"}})
+    assert said not in model_card(FACTS | {"settings": {"guide": "none"}})

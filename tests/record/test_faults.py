@@ -113,12 +113,12 @@ def _write_and_lose_power(place: Path, *, seed: int, synced: bool) -> None:
 def test_a_flipped_bit_in_a_checked_file_is_refused(tmp_path: Path, at: int) -> None:
     window = WindowBases({0: torch.randn(40, 2), 1: torch.randn(8, 2)}, [1.0, 2.0, 3.0])
     save_bases(tmp_path, 5, window)
-    assert load_bases(tmp_path, 5, {0: (40, 2), 1: (8, 2)}, 3).scales == [1.0, 2.0, 3.0]
+    assert load_bases(tmp_path, 5, {"scales": (3,), "basis.0": (40, 2), "basis.1": (8, 2)}).scales == [1.0, 2.0, 3.0]
     data = bytearray(bases_path(tmp_path, 5).read_bytes())
     data[at] ^= 1
     bases_path(tmp_path, 5).write_bytes(data)
     with pytest.raises(AdapterError, match=r"checksum|cannot be read"):
-        load_bases(tmp_path, 5, {0: (40, 2), 1: (8, 2)}, 3)
+        load_bases(tmp_path, 5, {"scales": (3,), "basis.0": (40, 2), "basis.1": (8, 2)})
 
 
 def test_a_file_without_a_checksum_is_no_checked_file(tmp_path: Path) -> None:

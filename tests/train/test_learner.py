@@ -177,7 +177,7 @@ def test_a_step_that_runs_out_of_memory_has_changed_nothing_and_may_be_taken_aga
         return draw_noise(*arguments, **key)
 
     with monkeypatch.context() as patched:
-        patched.setattr("agzo_edge.train.learner.draw_noise", scarce)
+        patched.setattr("agzo_edge.model.branch.draw_noise", scarce)
         with pytest.raises(BudgetBrokenError):
             learner.apply(2, measured(2), learning_rate=0.1)
     assert_same_bytes(learner.state(), untroubled.state())

@@ -1,5 +1,6 @@
 """A learner rebuilt from records and bases alone is bitwise the one that ran."""
 
+import copy
 import json
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "narrow": {"refresh_every": 1, "adapter_rank": 2, "rank": 2},
     "cosine": {"lr_schedule": "cosine", "warmup_steps": 2, "max_steps": 9},
     "one basis": {"refresh_every": 0},
+    "guided": {"guide": "head", "guide_rank": 3},
 }
 
 
@@ -38,15 +40,13 @@ def test_records_and_bases_give_the_same_bytes(case: str, micro_batch_size: int)
         record = agzo_step(model, batches, learner, step=step, mu=0.01, config=config)
         lines.append(json.dumps(asdict(record)))
         if learner.window_starts(step):
-            bases[step] = (
-                {group.index: group.basis.clone() for group in model.groups},
-                [branch.scale for branch in model.branches],
-            )
+            bases[step] = copy.deepcopy(learner.window())
     fresh = Learner(
         make_branches(
             [(b.name, b.out_features, b.group.index) for b in model.branches],
             [group.in_features for group in model.groups],
             rank=config.rank,
+            guide_rank=config.guide_rank if config.guide == "head" else 0,
         ),
         config,
     )

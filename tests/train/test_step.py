@@ -67,14 +67,7 @@ def true_derivatives(model: EdgeModel, batch: Batch, config: RunConfig, *, step:
             module = plain.get_submodule(branch.name)
             gradient = module.weight.grad.T if type(module).__name__ == "Conv1D" else module.weight.grad
             first = 0 if config.directions == "shared" else example
-            noise = draw_noise(
-                config.noise,
-                (1, *branch.c.shape),
-                seed=config.seed,
-                step=step,
-                layer=branch.index,
-                first_example=first,
-            ).dense()[0]
+            noise = branch.noise(config.noise, 1, seed=config.seed, step=step, first_example=first).dense()[0]
             total += float((gradient * (branch.scale * noise @ branch.group.basis.T)).sum())
         derivatives.append(total)
     return torch.tensor(derivatives)
@@ -113,6 +106,7 @@ def test_the_exact_difference_is_back_propagation(family: str) -> None:
         {"objective": "choice"},
         {"rank": 1},
         {"target_modules": ("v_proj", "down_proj")},
+        {"guide": "head", "noise": "gaussian"},
     ],
     ids=str,
 )
