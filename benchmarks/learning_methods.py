@@ -7,6 +7,7 @@
     default      `--preset default`, at its own learning rate unless one is given
     forward      the same with forward differences
     rank-1       the same with one direction in each basis
+    writers      the same on the layers that `head` trains (their names in Llama and Qwen), without a guide
     head         the same with `--guide head`, windows of ten steps; a window's guide counts as a step: its plain
                  pass as one forward, its way back through norm and head as another
     exact        the same with exact derivatives (the tangent counts as the second forward)
@@ -66,6 +67,7 @@ METHODS: Mapping[str, Method] = {
     "default": Method("default", {}, (1e-2, 1e-1, 1.0, 10.0)),
     "forward": Method("default", {"difference": "forward"}, (1e-2, 1e-1, 1.0, 10.0)),
     "rank-1": Method("default", {"rank": 1}, (1e-2, 1e-1, 1.0, 10.0)),
+    "writers": Method("default", {"target_modules": ("o_proj", "down_proj")}, (1e-2, 1e-1, 1.0, 10.0)),
     "head": Method("default", {"guide": "head", "refresh_every": 10}, (1e-2, 1e-1, 1.0, 10.0), window_forwards=2),
     "exact": Method("default", {"difference": "exact"}, (1e-2, 1e-1, 1.0, 10.0)),
     "first-order": Method("default", {}, (1e-4, 1e-3, 1e-2, 1e-1), forwards=3),

@@ -51,7 +51,20 @@ def test_a_real_run_tells_its_held_out_losses(tmp_path: Path) -> None:
 def test_learning_compares_every_method_and_draws_a_picture(tmp_path: Path) -> None:
     result = quick_result("learning", tmp_path / "result.json")
     assert {row["method"] for row in result["summary"]} == {
-        *("preset", "mezo", "lozo", "paper", "zo-act", "default", "rank-1", "head", "forward", "exact", "first-order")
+        *(
+            "preset",
+            "mezo",
+            "lozo",
+            "paper",
+            "zo-act",
+            "default",
+            "rank-1",
+            "writers",
+            "head",
+            "forward",
+            "exact",
+            "first-order",
+        )
     }
     steps = {run["setup"]["method"]: len(run["curve"]) - 1 for run in result["runs"]}
     assert steps.pop("head") == 1  # its window's guide took the forward passes of the second
