@@ -192,6 +192,10 @@ def _not_utf8(bench: Bench) -> Path:
     return bench.file("latin1.jsonl", b'{"text": "caf\xe9"}\n')
 
 
+def _notes_not_utf8(bench: Bench) -> Path:
+    return bench.file("notes.txt", b"fine\ncaf\xe9\n")
+
+
 def _ragged_table(bench: Bench) -> Path:
     return bench.file("table.csv", "prompt,completion\na,b\nc\n")
 
@@ -274,6 +278,7 @@ def _one_long_line(bench: Bench) -> Path:
         (_other_fields, ("other.jsonl:1", "sentence", "prompt and completion")),
         (_a_number, ("number.jsonl:1", "must be a string")),
         (_not_utf8, ("latin1.jsonl:1", "save the file as UTF-8")),
+        (_notes_not_utf8, ("notes.txt:2", "save the file as UTF-8")),
         (_ragged_table, ("table.csv:3", "2 columns")),
         (_no_parquet, ("table.parquet", "cannot be read as Parquet")),
         (_no_gzip, ("notes.jsonl.gz", "cannot be read")),

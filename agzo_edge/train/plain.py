@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from agzo_edge.train.rows import BrokenRow, Document, RawRow
+from agzo_edge.train.rows import MAX_ROW_BYTES, BrokenRow, Document, RawRow, too_long
+from agzo_edge.train.turns import character_faults
 
 _SPECIAL_TOKENS = 2  # BOS and EOS, which a row may get
+_LINES_AT_ONCE = 1000  # a tokenizer takes some 200 bytes for each character that it is given at once
 
 
 def text_rows(
@@ -46,12 +48,18 @@ def _matched_lines(document: Document, pattern: re.Pattern[str]) -> Iterator[Raw
             yield RawRow(place, match.groupdict())
 
 
-def _pieces(document: Document, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Iterator[RawRow]:
-    """A row for each stretch of lines that fits; a longer line is a row of its own, and too long."""
+def _pieces(document: Document, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Iterator[RawRow | BrokenRow]:
+    """A row for each stretch of lines that fits; a longer line is a row of its own, and too long.
+
+    A text with broken lines gives nothing but those.
+    """
     lines = document.text.splitlines(keepends=True)
     if not document.text.strip():
         return
-    n_tokens = [len(ids) for ids in tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]]
+    if broken := list(_broken_lines(document.name, lines)):
+        yield from broken
+        return
+    n_tokens = _lengths(lines, tokenizer)
     is_blank = [not line.strip() for line in lines]
     pieces = [
         (start, text)
@@ -60,6 +68,25 @@ def _pieces(document: Document, tokenizer: PreTrainedTokenizerBase, *, max_token
     ]
     for i, (start, text) in enumerate(pieces, start=1):
         yield RawRow(f"{document.name}:{start + 1}", {"text": text, "goes_on": i < len(pieces)})
+
+
+def _broken_lines(name: str, lines: Sequence[str]) -> Iterator[BrokenRow]:
+    """The lines that no tokenizer can take."""
+    for number, line in enumerate(lines, start=1):
+        place = f"{name}:{number}"
+        if len(line) >= MAX_ROW_BYTES:
+            yield too_long(place)
+        else:
+            yield from (BrokenRow(place, fault) for fault in character_faults("the line", line))
+
+
+def _lengths(lines: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of each line."""
+    lengths: list[int] = []
+    for first in range(0, len(lines), _LINES_AT_ONCE):
+        part = list(lines[first : first + _LINES_AT_ONCE])
+        lengths += map(len, tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+    return lengths
 
 
 def _cuts(n_tokens: Sequence[int], is_blank: Sequence[bool], *, room: int) -> Iterator[tuple[int, int]]:

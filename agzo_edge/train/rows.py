@@ -93,7 +93,7 @@ def _lines(file: TextIO) -> Iterator[str | None]:
 
 def too_long(place: str) -> BrokenRow:
     """What becomes of a line that is longer than a row may be."""
-    return BrokenRow(place, f"the line is longer than {format_bytes(MAX_ROW_BYTES)}: is this JSON Lines?")
+    return BrokenRow(place, f"the line is longer than {format_bytes(MAX_ROW_BYTES)}: is this a file of lines?")
 
 
 def json_row(line: str, place: str) -> RawRow | BrokenRow:

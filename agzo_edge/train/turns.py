@@ -34,6 +34,11 @@ def string_faults(name: str, value: object) -> list[str]:
         return [f"{name} is {type_name(value)}; it must be a string"]
     if not value.strip():
         return [f"{name} is empty"]
+    return character_faults(name, value)
+
+
+def character_faults(name: str, value: str) -> list[str]:
+    """What is wrong with a text's characters; nothing where a tokenizer can take them all."""
     if "\0" in value:
         return [f"{name} holds a NUL character"]
     if _SURROGATE.search(value):

@@ -11,10 +11,11 @@ from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from agzo_edge.config import RunConfig
+from agzo_edge.train import plain
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.examples import load_examples
 from agzo_edge.train.plain import text_rows
-from agzo_edge.train.rows import BrokenRow, Document, RawRow
+from agzo_edge.train.rows import MAX_ROW_BYTES, BrokenRow, Document, RawRow
 
 CHARACTERS = character_tokenizer("<s> $A")
 
@@ -82,3 +83,20 @@ def test_a_line_pattern_makes_a_row_of_each_line() -> None:
     assert rows[0] == RawRow("a.txt:1", {"label": "LOC", "question": "Where is Rome ?"})
     assert isinstance(rows[1], BrokenRow)
     assert str(rows[1]).startswith("a.txt:3: the line does not match")
+
+
+def test_lines_that_no_tokenizer_can_take_are_named_and_the_text_is_not_used() -> None:
+    text = b"fine\ncaf\xe9\nfine\na\0b\n".decode(errors="surrogateescape") + "x" * MAX_ROW_BYTES
+    rows = list(text_rows([Document("a.txt", text)], CHARACTERS, max_tokens=9, line_pattern=None))
+    assert [str(row).split(" longer")[0] for row in rows] == [
+        "a.txt:2: the line holds bytes that are not UTF-8, or half a surrogate pair: save the file as UTF-8",
+        "a.txt:4: the line holds a NUL character",
+        "a.txt:5: the line is",
+    ]
+
+
+def test_a_text_of_many_lines_is_measured_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f"{'ab' * (i % 4)}\n" for i in range(50))
+    at_once = pieces_of(text, max_tokens=20)
+    monkeypatch.setattr(plain, "_LINES_AT_ONCE", 3)
+    assert pieces_of(text, max_tokens=20) == at_once

@@ -121,4 +121,4 @@ def test_a_line_too_long_to_be_a_row_is_named_and_the_next_one_read(tmp_path: Pa
         file.write('"}\n{"text": "b"}\n')
     first, long, last = file_rows(path)
     assert [row.place for row in (first, last) if isinstance(row, RawRow)] == ["t.jsonl:1", "t.jsonl:3"]
-    assert str(long) == "t.jsonl:2: the line is longer than 16.0 MiB: is this JSON Lines?"
+    assert str(long) == "t.jsonl:2: the line is longer than 16.0 MiB: is this a file of lines?"
