@@ -59,7 +59,7 @@ def checked_row(row: RawRow, objective: Objective, *, first: SoundRow | None = N
     """
     found = format_of(row.fields, objective)
     if found is None:
-        return _no_format(row.fields, objective)
+        return _no_format(row.fields, objective) if first is None else _lacking(row.fields, objective, first)
     if first is not None and found != first.format:
         return f"a {found} row, but the file began with {first.format} ({first.place}): keep one format in a file"
     sound = SoundRow(row.place, found, _normal(row.fields, found))
@@ -93,11 +93,17 @@ def _no_format(fields: Mapping[str, Any], objective: Objective) -> str:
     return fault
 
 
+def _lacking(fields: Mapping[str, Any], objective: Objective, first: SoundRow) -> str:
+    missing = [repr(name) for name in _FIELDS[objective][first.format] if name not in fields]
+    return f"{' and '.join(missing)} missing; the file began with {first.format} ({first.place})"
+
+
 def row_faults(row: SoundRow) -> list[str]:
     """What is wrong with a row's fields, all of it; nothing for a row that can be used."""
     fields = row.fields
     if row.format in ("messages", "sharegpt"):
-        return conversation_faults(fields["messages"]) + tools_faults(fields)
+        name = "messages" if row.format == "messages" else "conversations"
+        return conversation_faults(fields["messages"], name=name) + tools_faults(fields)
     if row.format == "choice":
         faults = string_faults("prompt", fields["prompt"])
         return faults + _choice_faults(fields["options"], fields["answer"])
@@ -125,6 +131,8 @@ def _exchange_faults(prompt: object, completion: object, *, name: str = "complet
 
 def _preference_faults(fields: Mapping[str, Any]) -> list[str]:
     names = ("chosen", "rejected")
+    if fields["prompt"] is None:
+        return ["prompt is missing or null; only chosen and rejected that are whole conversations need none"]
     if isinstance(fields["prompt"], list):
         faults = [f for name in names for f in _exchange_faults(fields["prompt"], fields[name], name=name)]
         faults = list(dict.fromkeys(faults)) + tools_faults(fields)  # what is wrong with the prompt, once

@@ -101,10 +101,16 @@ def json_row(line: str, place: str) -> RawRow | BrokenRow:
     try:
         value = json.loads(line.rstrip())  # or a fault at the end would be in column 1 of the next
     except json.JSONDecodeError as error:
-        return BrokenRow(place, f"broken JSON: {error.msg} at column {error.colno}")
+        return BrokenRow(place, _json_fault(error))
     except (ValueError, RecursionError) as error:  # a number of 10,000 digits, brackets without end
         return BrokenRow(place, f"broken JSON: {error}")
     return _object_row(value, place)
+
+
+def _json_fault(error: json.JSONDecodeError) -> str:
+    if "\0" in error.doc:
+        return "broken JSON: it holds NUL bytes, as UTF-16 does: save the file as UTF-8"
+    return f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}"  # "Invalid control character at"
 
 
 def _json_document(path: Path) -> Iterator[RawRow | BrokenRow]:
@@ -117,7 +123,7 @@ def _json_document(path: Path) -> Iterator[RawRow | BrokenRow]:
             yield from _json_lines(path)
             return
         place = f"{path.name}:{error.lineno}"
-        raise DataError(f"{place}: broken JSON: {error.msg} at column {error.colno}") from None
+        raise DataError(f"{place}: {_json_fault(error)}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path.name}: broken JSON: {error}") from None
     values = document if isinstance(document, list) else [document]
@@ -193,7 +199,7 @@ def _parquet(path: Path) -> Iterator[RawRow | BrokenRow]:
             for fields in batch.to_pylist():
                 number += 1
                 yield RawRow(f"{path.name}:row {number}", fields)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # pages that cannot be unpacked are an OSError
         raise DataError(f"{path}: cannot be read as Parquet after row {number}: {error}") from None
 
 

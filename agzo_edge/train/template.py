@@ -93,8 +93,9 @@ def _option_rows(prompt: str, options: Sequence[str], tokenizer: PreTrainedToken
             alike = f"options {rows.index(ids)} and {i}"
             raise DataError(f"{alike} are the same tokens: no model can tell them apart")
     start = min(n_shared(prompt_ids, ids) for ids in rows)
-    if any(len(ids) <= max(start, 1) for ids in rows):
-        raise DataError("an option adds no token to the prompt: no score can be taken of it")
+    for i, ids in enumerate(rows):
+        if len(ids) <= max(start, 1):
+            raise DataError(f"option {i} adds no token to the prompt, so it has no score: begin options with a space")
     return tuple(labelled_from(start, ids) for ids in rows)
 
 

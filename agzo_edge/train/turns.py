@@ -90,7 +90,8 @@ def turns_faults(messages: object, *, name: str) -> list[str]:
     """What is wrong with messages one by one, whatever their order."""
     if not isinstance(messages, list) or not messages:
         given = "empty" if messages == [] else type_name(messages)
-        return [f"{name} is {given}; it must be a list of objects with role and content"]
+        keys = "from and value" if name == "conversations" else "role and content"
+        return [f"{name} is {given}; it must be a list of objects with {keys}"]
     return [fault for i, message in enumerate(messages, start=1) for fault in _turn_faults(message, i)]
 
 

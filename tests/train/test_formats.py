@@ -85,6 +85,12 @@ def test_all_faults_of_a_row_are_given_together() -> None:
     ]
 
 
+def test_a_field_that_the_first_row_has_is_missed_by_name() -> None:
+    first = SoundRow("f:1", "prompt-completion", {"prompt": "a", "completion": "b"})
+    fault = checked_row(RawRow("f:2", {"prompt": "a"}), "lm", first=first)
+    assert fault == "'completion' missing; the file began with prompt-completion (f:1)"
+
+
 @pytest.mark.parametrize(
     ("messages", "fault"),
     [

@@ -134,7 +134,7 @@ def test_two_whole_conversations_part_where_they_differ(jsonl: Jsonl) -> None:
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
         ({"prompt": "a", "chosen": "é", "rejected": "ü"}, "chosen and rejected are the same tokens"),
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "rejected is empty"),
-        ({"chosen": "a", "rejected": "b"}, "prompt is null"),
+        ({"chosen": "a", "rejected": "b"}, "prompt is missing or null"),
         ({"prompt": "a", "chosen": "b"}, "needs chosen and rejected"),
         ({"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}, "empty"),
     ],

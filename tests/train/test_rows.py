@@ -122,3 +122,19 @@ def test_a_line_too_long_to_be_a_row_is_named_and_the_next_one_read(tmp_path: Pa
     first, long, last = file_rows(path)
     assert [row.place for row in (first, last) if isinstance(row, RawRow)] == ["t.jsonl:1", "t.jsonl:3"]
     assert str(long) == "t.jsonl:2: the line is longer than 16.0 MiB: is this a file of lines?"
+
+
+def test_a_file_saved_as_utf_16_is_told_from_broken_json(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16"))
+    assert "as UTF-16 does: save the file as UTF-8" in str(next(iter(file_rows(tmp_path / "t.jsonl"))))
+
+
+def test_parquet_with_a_damaged_page_is_told_with_the_rows_before_it(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": [f"line {i}" for i in range(4000)]})
+    parquet.write_table(table, tmp_path / "t.parquet", use_dictionary=False)
+    content = bytearray((tmp_path / "t.parquet").read_bytes())
+    content[len(content) // 3 : len(content) // 3 + 400] = b"\xff" * 400
+    (tmp_path / "t.parquet").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read as Parquet after row 0"):
+        list(file_rows(tmp_path / "t.parquet"))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from agzo_edge.demo import MODEL_DIR
 from agzo_edge.errors import DataError
 from agzo_edge.train.conversation import require_chat_template
 from agzo_edge.train.formats import Format
@@ -217,3 +218,9 @@ def test_prefix_difference_agrees_with_generation_marks(contents: Sequence[str])
     assert by_prefix.input_ids.tolist() == by_mark.input_ids.tolist()
     stretches = [text.removesuffix("\n") for text in labels(by_prefix, plain)]
     assert stretches == labels(by_mark, marked)
+
+
+def test_an_option_that_melts_into_the_prompts_only_token_is_named_with_the_remedy() -> None:
+    demo = AutoTokenizer.from_pretrained(MODEL_DIR)
+    with pytest.raises(DataError, match=r"option 0 adds no token to the prompt.*begin options with a space"):
+        token_rows({"prompt": "a", "options": ["x", " y"]}, "choice", demo, mask_prompt=True)

@@ -36,7 +36,7 @@ def test_sharegpt_turns_are_messages() -> None:
         ([{"from": ["human"], "value": "b"}], "role ['human']"),
         ([{"from": "human"}], "message 1's content is null"),
         ([{"from": "gpt", "value": "b"}], "begins with a user message"),
-        ("Hi", "messages is a string"),
+        ("Hi", "conversations is a string; it must be a list of objects with from and value"),
         (["Hi"], "message 1 is a string"),
     ],
 )
