@@ -50,7 +50,7 @@ def data_line(name: str, report: "DataReport") -> Text:
     longest = "longest row" if report.all_checked else "more are checked as they come: rows of up to"
     parts = [
         f"{report.rows_used:,} rows{of_file} ({report.format})",
-        f"{report.label_tokens:,} tokens to learn" if name == "data" else f"{report.label_tokens:,} tokens to score",
+        _learned(name, report),
         f"{longest} {report.longest_tokens:,} tokens",
     ]
     if report.rows_truncated:
@@ -59,6 +59,13 @@ def data_line(name: str, report: "DataReport") -> Text:
         parts.append(f"{report.rows_dropped:,} of {report.rows_dropped + report.rows_used:,} dropped")
     parts.append(f"{report.padding_share:.0%} padding")
     return fact(name, ", ".join(parts))
+
+
+def _learned(name: str, report: "DataReport") -> str:
+    """What is taken from a source's rows: a reward's have no tokens to learn, but what is written is judged."""
+    if report.format == "prompt":
+        return "answers are judged"
+    return f"{report.label_tokens:,} tokens to {'learn' if name == 'data' else 'score'}"
 
 
 def sample_lines(sample: "Sample") -> list[Text]:

@@ -13,7 +13,7 @@ from agzo_edge.budget.memory import Change, InPieces, MemoryPlan
 from agzo_edge.budget.qlora import QloraNeed
 from agzo_edge.cli.as_json import event_object, json_line
 from agzo_edge.cli.course import Course
-from agzo_edge.cli.run_view import event_lines, generate_command, live_view
+from agzo_edge.cli.run_view import data_line, event_lines, generate_command, live_view
 from agzo_edge.cli.screen import comparison, curve, duration, facts_lines, plan_table, report_lines, verdict
 from agzo_edge.cli.watch import PLAIN_STEP_LINES, watch, watch_json
 from agzo_edge.config import RunConfig
@@ -275,3 +275,13 @@ def test_report_shows_the_curve_in_the_order_of_steps() -> None:
     text = shown(*report_lines({"steps": 100, "evaluations": evaluations, "samples": SAMPLES}))
     assert "4.0000 █▆▁ 1.0000" in text
     assert "Arr, matey!" in text
+
+
+def test_a_rewards_prompts_are_not_said_to_hold_no_token_to_learn() -> None:
+    report = DataReport("prompt", 3, 3, 0, 0, label_tokens=0, longest_tokens=9)
+    assert data_line("data", report).plain.endswith(
+        "3 rows (prompt), answers are judged, longest row 9 tokens, 0% padding"
+    )
+    texts = replace(report, format="text", label_tokens=1200)
+    assert "1,200 tokens to learn" in data_line("data", texts).plain
+    assert "1,200 tokens to score" in data_line("held out", texts).plain
