@@ -7,6 +7,7 @@ from typing import Any
 from agzo_edge import __version__
 from agzo_edge.config import RunConfig
 from agzo_edge.events import Planned
+from agzo_edge.footprint import Footprint
 from agzo_edge.record.card import model_card
 from agzo_edge.train.best import best_step
 from agzo_edge.train.data import ExampleSet
@@ -28,6 +29,7 @@ class Account:
     data: ExampleSet
     held_out: ExampleSet | None
     quantization: str  # the base's form in a word
+    footprint: Footprint
     steps: int = 0
     tokens: int = 0
     wall_s: float = 0.0
@@ -99,6 +101,7 @@ class Account:
             "predicted_peak_bytes": self.planned.plan.device_bytes,
             "measured_peak_bytes": self.peak_bytes or None,
             "limit_bytes": self.planned.plan.limit_bytes,
+            "memory": self.footprint.report(self.planned.plan, peak_bytes=self.peak_bytes),
             "data": asdict(self.data.report),
             "held_out_data": asdict(self.held_out.report) if self.held_out else None,
             "best_step": best_step(self.evaluations, self.config.metric_for_best_model),

@@ -17,6 +17,7 @@ from agzo_edge import demo
 from agzo_edge.account import Account
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import ModelFacts, model_facts
+from agzo_edge.budget.job import DataShape
 from agzo_edge.budget.plan import fitted_run
 from agzo_edge.config import RunConfig, Sampling
 from agzo_edge.errors import BudgetBrokenError, ConfigError, DataError
@@ -33,6 +34,7 @@ from agzo_edge.events import (
     Saved,
     Stepped,
 )
+from agzo_edge.footprint import Footprint
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_model, load_tokenizer
@@ -99,12 +101,14 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
             f"the adapter to start from has rank {widest}, and adapter_rank is {config.adapter_rank}: it would be "
             f"cut down; use --adapter-rank {widest}"
         )
+    footprint = Footprint(chosen_device(config.device))
     model = load_model(str(config.model), config)
+    footprint.mark()
     longest = max(part.report.longest_tokens for part in (data, held_out) if part)
     model.require_positions(longest + config.written_tokens)
     set_learned(model.branches, changes)
     samples = demo.PROMPTS if config.model == str(demo.MODEL_DIR) else ()
-    account = Account(config, planned, data, held_out, model.quantization)
+    account = Account(config, planned, data, held_out, model.quantization, footprint)
     guard = Guard(model, planned.rungs)
     with closing(goal_of(config)) as goal:
         evaluations = Evaluations(guard, model, goal, held_out, account.evaluations, out)
@@ -129,11 +133,21 @@ def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]
         facts,
         config,
         machine,
-        rows_per_example=max(part.report.rows_per_example for part in data),
-        longest_tokens=max(part.report.longest_tokens for part in data),
-        indexed_lines=max(part.report.rows_read if part.report.streamed else 0 for part in data),
+        data=data_shape(data),
     )
     return Planned(fitted.config, fitted.plan, machine.name, fitted.notes, fitted.rungs, notes)
+
+
+def data_shape(data: Sequence[ExampleSet]) -> DataShape:
+    """What a plan must know of the data; of a streamed file, of which nobody has seen all rows, its lines."""
+    held = [part for part in data if not part.report.streamed]
+    return DataShape(
+        rows_per_example=max(part.report.rows_per_example for part in data),
+        longest_tokens=max(part.report.longest_tokens for part in data),
+        label_tokens=max(part.most_label_tokens for part in held) if len(held) == len(data) else None,
+        n_bytes=sum(part.n_bytes for part in held),
+        indexed_lines=max(part.report.rows_read if part.report.streamed else 0 for part in data),
+    )
 
 
 def _data(config: RunConfig) -> tuple[ExampleSet, ExampleSet | None]:
@@ -241,6 +255,7 @@ class _Session:
 
     def _finished(self, learner: Learner, header: Mapping[str, Any], answers: list[str]) -> Generator[Event]:
         """The result on the disk, the last evaluation, and the report."""
+        self.account.footprint.mark()
         last = self.account.steps  # fewer than max_steps where the run has stopped early
         yield from self.evaluations.made(last, partial(self._save_best, learner, header))
         files = tokenizer_files(self.model.tokenizer)

@@ -16,6 +16,7 @@ LAYERS = [
     {"train"},
     {"serve", "demo"},
     {"events", "rundir"},
+    {"footprint"},
     {"scalars", "account", "evaluations", "rebuild"},
     {"session"},
     {"api"},

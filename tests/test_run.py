@@ -64,6 +64,10 @@ def test_a_run_leaves_everything_that_the_design_lists(whole_run: Path) -> None:
     assert report["steps"] == STEPS
     assert report["predicted_peak_bytes"] > 0
     assert report["measured_peak_bytes"] > 0
+    parts = report["memory"]
+    assert list(parts) == ["libraries and data", "model", "learned", "a step's work"]
+    assert sum(part["predicted_bytes"] for part in parts.values()) == report["predicted_peak_bytes"]
+    assert sum(part["measured_bytes"] for part in parts.values()) == report["measured_peak_bytes"]
 
 
 def test_the_same_run_twice_gives_the_same_adapter_to_the_byte(whole_run: Path, tmp_path: Path) -> None:

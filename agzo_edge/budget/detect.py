@@ -1,6 +1,7 @@
 """A profile of this machine, from what the driver, psutil and the kernel say; torch is not needed."""
 
 import os
+import shutil
 from pathlib import Path
 
 import psutil
@@ -117,6 +118,12 @@ def available_host_bytes() -> int:
     """The host's memory that nobody has: what is free, and what the cgroups leave of it."""
     available = [psutil.virtual_memory().available]
     return min(available + [max(0, limit - used) for limit, used in cgroup_memory()])
+
+
+def free_disk_bytes(path: str) -> int:
+    """Free bytes of the disk that `path` lies on, or would."""
+    above = (Path(path).expanduser().absolute(), *Path(path).expanduser().absolute().parents)
+    return shutil.disk_usage(next(each for each in above if os.path.exists(each))).free  # noqa: PTH110  # no error
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:

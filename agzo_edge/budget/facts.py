@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from agzo_edge.budget.block import Block, block_of
 from agzo_edge.budget.headers import QUANT_STATE, Checkpoint, StoredTensor
 from agzo_edge.budget.hub import open_checkpoint
 from agzo_edge.errors import ModelError, numbered
@@ -21,7 +22,6 @@ _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1
 _NOT_TEXT = re.compile(r"vision|visual|audio|multi_modal|\.experts\.")
 _MLP_MODULES = ("mlp", "feed_forward", "ffn")  # as model/pieces.py finds them
 _IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")
-_WRITTEN_OUT = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")  # temporaries instead of one kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class ModelFacts:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    mlp_width: int
-    mlp_style: Literal["plain", "gated", "fused gate", "written out"]
-    keeps_scores: bool  # attention keeps its (tokens, tokens) scores: no fused kernel knows a soft cap
+    block: Block
+    caps_logits: bool  # tanh of the logits: one more copy of them
+    positions: int | None  # tokens in the longest row that the model was made for, where it says so
 
     @property
     def tied(self) -> bool:
@@ -57,15 +57,27 @@ class ModelFacts:
         return any(part in _MLP_MODULES for name in self.linears for part in name.split("."))
 
     @property
+    def largest_other(self) -> str:
+        """The name of the largest tensor that is no adaptable layer: of the embeddings or the head."""
+        layers = {f"{name}.weight" for name in self.linears}
+        others = {name: tensor.n_entries for name, tensor in self.tensors.items() if name not in layers}
+        return max(others, key=others.__getitem__)
+
+    @property
     def n_parameters(self) -> int:
         """Weights in all, the tied head counted once."""
         linear = sum(out * inp for out, inp in self.linears.values())
         return linear + self.embedding_entries + self.head_entries + self.other_entries
 
     @property
-    def largest_stored_bytes(self) -> int:
-        """The largest tensor of the files."""
-        return max(tensor.n_bytes for tensor in self.tensors.values())
+    def query_width(self) -> int:
+        """Features of all query heads together."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Features of all key heads together."""
+        return self.n_kv_heads * self.head_dim
 
     def targets(self, wanted: Sequence[str] | None, *, guide: str = "none") -> dict[str, tuple[int, int]]:
         """The layers to train: those whose path ends in one of `wanted`, or a run's own choice when None."""
@@ -113,9 +125,9 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
         n_heads=n_heads,
         n_kv_heads=_size({"num_key_value_heads": n_heads} | _given(config), source, "num_key_value_heads"),
         head_dim=_size({"head_dim": hidden // n_heads} | _given(config), source, "head_dim"),
-        mlp_width=_mlp_width(config, linears),
-        mlp_style=_mlp_style(config, linears),
-        keeps_scores=bool(config.get("attn_logit_softcapping")),
+        block=block_of(config, linears, checkpoint.tensors),
+        caps_logits=bool(config.get("final_logit_softcapping")),
+        positions=_positions(config),
     )
 
 
@@ -232,19 +244,7 @@ def _is_companion(name: str) -> bool:
     return ".weight." in name and any(mark in name for mark in _COMPANIONS)
 
 
-def _mlp_width(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> int:
-    given = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim")
-    return given if type(given) is int and given > 0 else max(max(shape) for shape in linears.values())
-
-
-def _mlp_style(
-    config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]
-) -> Literal["plain", "gated", "fused gate", "written out"]:
-    """What the MLP does between its layers; it decides how many of its wide tensors live at once."""
-    leaves = {name.rsplit(".", 1)[-1] for name in linears}
-    if "gate_up_proj" in leaves:
-        return "fused gate"
-    if leaves & {"gate_proj", "w1"}:
-        return "gated"
-    activation = config.get("hidden_act") or config.get("activation_function")
-    return "written out" if activation in _WRITTEN_OUT else "plain"
+def _positions(config: Mapping[str, Any]) -> int | None:
+    """The longest row by config.json; what is no positive number says nothing."""
+    given = config.get("max_position_embeddings") or config.get("n_positions")
+    return given if type(given) is int and given > 0 else None

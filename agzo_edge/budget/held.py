@@ -4,76 +4,60 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from agzo_edge.budget.facts import StoredAs, input_groups
-from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job
+from agzo_edge.budget.facts import input_groups
+from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job, folded_rank
 from agzo_edge.config import KEPT_CHECKPOINTS
 
-BLOCK_4BIT = 64  # weights that share a scale: bitsandbytes' default
-BLOCK_NESTED = 256  # scales that share a scale of their own
-CODE_BOOKS_BYTES = 16 * 4 + 256 * 4  # of one nested 4-bit layer: the weights' code, and the scales'
+MOVABLE = ("weights", "embeddings")  # what offload moves
 MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "sign": 0}  # of the optimizer, each the size of C
 INDEX_LINE_BYTES = 12  # of a data file's line: where it begins, and its size
 ORDER_LINE_BYTES = 2 * 4 + 2 * 8  # two epochs' orders, and one in the making: random words and their ranks
+_RULES = {
+    "4bit": "1/2 B + 4 B for each block of 64",
+    "4bit-nested": "1/2 B + 1 B for each block of 64 + 4 B for each 256 blocks",
+    "8bit": "1 B + 4 B for each output",
+    "dense": "",
+}
 JOURNAL_LINE_BYTES = 300  # a step's line without its gradients
 JOURNAL_EXAMPLE_BYTES = 24  # a projected gradient and its weight, as text
 
 
 def held_components(job: Job) -> Iterator[Component]:
-    """What a run holds from its first step to its last: on the device, unless it waits outside."""
+    """What the run holds, where it is held: most of it on the device that computes."""
     yield from frozen_layers(job)
     yield from embeddings(job)
+    yield workspace(job)
     yield accumulated_adapter(job)
     yield window(job)
-    if job.indexed_lines:
+    if job.data.indexed_lines:
         yield line_index(job)
     yield Component("context", job.profile.context_overhead, "device", "libraries, before the first tensor")
-
-
-def layer_bytes(shape: tuple[int, int], stored_as: StoredAs, *, value_bytes: int) -> int:
-    """Bytes of one frozen layer's weight of `shape` (out, in).
-
-    4bit: n/2 + 4 for each block of 64 weights. 4bit-nested: n/2 + 1 for each block, 4 for each 256 blocks,
-    and the code books. 8bit: n + 4 out. dense: n times the compute dtype's bytes.
-    """
-    n_weights = shape[0] * shape[1]
-    n_blocks = -(-n_weights // BLOCK_4BIT)
-    packed_bytes = -(-n_weights // 2)
-    if stored_as == "4bit":
-        return packed_bytes + FLOAT32_BYTES * n_blocks
-    if stored_as == "4bit-nested":
-        return packed_bytes + n_blocks + FLOAT32_BYTES * -(-n_blocks // BLOCK_NESTED) + CODE_BOOKS_BYTES
-    if stored_as == "8bit":
-        return n_weights + FLOAT32_BYTES * shape[0]
-    return n_weights * value_bytes
+    if job.data.n_bytes:
+        yield Component("data", job.data.n_bytes, "device" if job.on_cpu else "host", "tokens and labels of all rows")
 
 
 def frozen_layers(job: Job) -> Iterator[Component]:
     """The linear layers as they are held, and those that target = dequantized opens beside their stored form.
 
     With offload = layers the stored form waits outside the device, and on a GPU the packed bytes of two blocks
-    are on the card: one in use, one on its way. Opened layers are written to and stay.
+    are on the card: one in use, one on its way. Opened layers are written to and stay; what they were opened
+    from stays with them, but in its file where nothing had to be converted.
     """
-    opened = job.targets if job.config.target == "dequantized" else {}
-    sizes = {
-        name: layer_bytes(shape, job.stored_as, value_bytes=job.value_bytes)
-        for name, shape in job.facts.linears.items()
-    }
+    opened, facts = job.opened, job.facts
+    sizes = {name: job.layer_bytes(shape) for name, shape in facts.linears.items()}
+    n_weights = sum(out * inp for out, inp in facts.linears.values())
+    formula = f"{n_weights:,} weights in {len(facts.linears)} layers x {_RULES[job.stored_as]}"
+    if job.stored_as == "dense":
+        formula += f"{job.value_bytes} B"
     movable_bytes = sum(n_bytes for name, n_bytes in sizes.items() if name not in opened)
-    n_weights = sum(out * inp for out, inp in job.facts.linears.values())
-    rule = {
-        "4bit": "1/2 B + 4 B for each block of 64",
-        "4bit-nested": "1/2 B + 1 B for each block of 64 + 4 B for each 256 blocks",
-        "8bit": "1 B + 4 B for each output",
-        "dense": f"{job.value_bytes} B",
-    }[job.stored_as]
-    formula = f"{n_weights:,} weights in {len(job.facts.linears)} layers x {rule}"
     yield Component("weights", movable_bytes, job.place_of("layers"), formula)
     if opened:
         n_opened = sum(out * inp for out, inp in opened.values())
         held_bytes = job.value_bytes if job.dtype == "bfloat16" else FLOAT32_BYTES
-        opened_bytes = sum(sizes[name] for name in opened) + n_opened * held_bytes
-        rule = f"{n_opened:,} weights of {len(opened)} layers x {held_bytes} B, and their stored form"
-        yield Component("opened layers", opened_bytes, "device", rule)
+        origin_bytes = sum(sizes[name] for name in opened)
+        in_file = job.on_cpu and job.stored_as == "dense" and not job.converts(f"{next(iter(opened))}.weight")
+        yield Component("opened layers", n_opened * held_bytes, "device", f"{n_opened:,} weights x {held_bytes} B")
+        yield Component("their stored form", origin_bytes, "mapped" if in_file else "device", "what was opened")
     if job.place_of("layers") == "host":
         yield Component("streamed", 2 * largest_block_bytes(sizes), "device", "two blocks: one in use, one on its way")
 
@@ -102,21 +86,29 @@ def embeddings(job: Job) -> Iterator[Component]:
         yield Component("head part", part_bytes, "device", "a part of the vocabulary's head at a time")
 
 
+def workspace(job: Job) -> Component:
+    """The one buffer that quantized weights are dequantized into, as large as the largest of them."""
+    if job.stored_as == "dense":
+        return Component("dequantization", 0, "device", "weights are used as they are held")
+    largest = max(out * inp for out, inp in job.facts.linears.values())
+    formula = f"{largest:,} weights of the largest layer x {job.value_bytes} B"
+    return Component("dequantization", largest * job.value_bytes, "device", formula)
+
+
 def accumulated_adapter(job: Job) -> Component:
     """Each layer's folded windows in float32, and their copy in the compute dtype for the forward.
 
-    The sum grows by `rank` a window and is compressed when it passes twice `adapter_rank`; the forward's
-    copy has the present window beside it. Bytes: (out + in) (folded 4 + (folded + rank) b).
+    The copy has the present window beside it. In the step that opens a window the sum before it is kept as
+    well, to go back to on an error. Bytes: (out + in) (folded 4 + (folded + rank) b + (folded − rank) 4).
+    With target = dequantized windows are written into the weights, and only the present one is beside them.
     """
-    config = job.config
-    folded = min(2 * config.adapter_rank, (job.n_windows - 1) * config.rank)
-    if config.adapter is not None:
-        folded = 2 * config.adapter_rank
+    rank, b = job.config.rank, job.value_bytes
     width = sum(out + inp for out, inp in job.targets.values())
-    n_bytes = width * (folded * FLOAT32_BYTES + (folded + config.rank) * job.value_bytes)
+    folded = 0 if job.opened else folded_rank(job)
+    before = max(0, folded - rank)
+    n_bytes = width * ((folded + before) * FLOAT32_BYTES + (folded + rank) * b)
     formula = (
-        f"(out + in) of {len(job.targets)} layers = {width:,} x ({folded} x 4 B + {folded + config.rank} x "
-        f"{job.value_bytes} B)"
+        f"(out + in) of {len(job.targets)} layers = {width:,} x ({folded + before} x 4 B + {folded + rank} x {b} B)"
     )
     return Component("adapter", n_bytes, "device", formula)
 
@@ -136,8 +128,8 @@ def window(job: Job) -> Component:
 def line_index(job: Job) -> Component:
     """Where the lines of a large data file are, and the order in which they are taken: in the host's memory."""
     line_bytes = INDEX_LINE_BYTES + ORDER_LINE_BYTES
-    formula = f"{job.indexed_lines:,} lines x {line_bytes} B, index and order"
-    return Component("data index", job.indexed_lines * line_bytes, "device" if job.on_cpu else "host", formula)
+    formula = f"{job.data.indexed_lines:,} lines x {line_bytes} B, index and order"
+    return Component("data index", job.data.indexed_lines * line_bytes, "device" if job.on_cpu else "host", formula)
 
 
 def basis_entries(job: Job) -> int:
@@ -162,6 +154,6 @@ def disk_components(job: Job) -> Iterator[Component]:
     rule = f"{n_checkpoints} x (adapter + folded windows of twice its rank + window)"
     yield Component("checkpoints", n_checkpoints * checkpoint_bytes, "disk", rule)
     yield Component("journal", config.max_steps * line_bytes, "disk", f"{config.max_steps} x {line_bytes} B")
-    mapped_bytes = sum(part.n_bytes for part in held_components(job) if part.where == "mapped")
+    mapped_bytes = sum(part.n_bytes for part in held_components(job) if part.name in MOVABLE and part.where == "mapped")
     yield Component("mapped weights", mapped_bytes, "disk", "what waits outside memory, in the cache folder")
     yield Component("bases", bases_bytes, "disk", f"{job.n_windows} windows x {basis_entries(job):,} x 4 B")

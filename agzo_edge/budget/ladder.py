@@ -13,8 +13,8 @@ from agzo_edge.units import MIB, format_bytes
 SMALLEST_LOGITS_CHUNK = 4 * MIB  # a dozen positions of a large vocabulary: below it the head is read too often
 SMALLEST_MLP_CHUNK = 128  # tokens: below it the MLP's weights are read more than they are used
 
-_OFFLOADS = ("none", "embeddings", "layers")
-_ALLOWED = {"fail": (), "shrink": _OFFLOADS[:2], "stream": _OFFLOADS}
+OFFLOADS = ("none", "embeddings", "layers")
+_ALLOWED = {"fail": (), "shrink": OFFLOADS[:2], "stream": OFFLOADS}
 
 
 def ladder(config: RunConfig, *, row_tokens: int) -> Iterator[RunConfig]:
@@ -25,9 +25,9 @@ def ladder(config: RunConfig, *, row_tokens: int) -> Iterator[RunConfig]:
     outside the device: with those out of the way the batch may be whole again.
     """
     yield config
-    asked = _OFFLOADS.index(config.offload)
+    asked = OFFLOADS.index(config.offload)
     for offload in _ALLOWED[config.on_overflow]:
-        if _OFFLOADS.index(offload) >= asked:
+        if OFFLOADS.index(offload) >= asked:
             outside = config.model_copy(update={"offload": offload})
             if offload != config.offload:
                 yield outside

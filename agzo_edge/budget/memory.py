@@ -1,18 +1,22 @@
 """The predicted memory of a run: every component against the limit of its place."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from agzo_edge.budget.detect import free_disk_bytes
 from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.held import disk_components, held_components
-from agzo_edge.budget.job import Component, Job, Where
+from agzo_edge.budget.job import UNKNOWN_DATA, Component, DataShape, Job, Where
 from agzo_edge.budget.profile import Profile
 from agzo_edge.budget.qlora import QloraNeed
 from agzo_edge.budget.working import host_components, working_components
 from agzo_edge.config import RunConfig
+from agzo_edge.errors import ConfigError
+from agzo_edge.units import format_bytes
 
 
-class Change(NamedTuple):
+class Saving(NamedTuple):
     """A change of the settings that saves memory."""
 
     flags: str
@@ -33,18 +37,25 @@ class MemoryPlan:
 
     profile_name: str
     dtype: str  # of the computation
-    rows: int  # of one forward, both streams
+    rows: int  # of one forward, all streams
     row_tokens: int  # of the longest row
     components: tuple[Component, ...]
     limit_bytes: int  # of the device that computes
     host_limit_bytes: int | None  # None: not checked, or the host is the device
-    changes: tuple[Change, ...] = field(default=())
+    disk_limit_bytes: int | None = None  # free where the run will be written; None: not known where
+    largest_layer_bytes: int = 0  # as it is held: less than that no ladder reaches
+    notes: tuple[str, ...] = ()  # what a person should know who asked for this
+    changes: tuple[Saving, ...] = field(default=())
     in_pieces: InPieces | None = None  # when it does not fit, and a rung of the ladder does
     qlora: QloraNeed | None = None  # for comparison
 
     def bytes_on(self, where: Where) -> int:
         """The sum of the components in one place."""
         return sum(component.n_bytes for component in self.components if component.where == where)
+
+    def bytes_of(self, *names: str) -> int:
+        """The sum of the device's components of these names."""
+        return sum(part.n_bytes for part in self.components if part.where == "device" and part.name in names)
 
     @property
     def device_bytes(self) -> int:
@@ -57,10 +68,18 @@ class MemoryPlan:
         return self.limit_bytes - self.device_bytes
 
     @property
+    def limits(self) -> Iterator[tuple[Where, int, int]]:
+        """Each place that has a limit, what is needed there, and the limit."""
+        yield "device", self.device_bytes, self.limit_bytes
+        if self.host_limit_bytes is not None:
+            yield "host", self.bytes_on("host"), self.host_limit_bytes
+        if self.disk_limit_bytes is not None:
+            yield "disk", self.bytes_on("disk"), self.disk_limit_bytes
+
+    @property
     def fits(self) -> bool:
-        """Whether the device's and the host's limits hold."""
-        host_fits = self.host_limit_bytes is None or self.bytes_on("host") <= self.host_limit_bytes
-        return self.headroom_bytes >= 0 and host_fits
+        """Whether every limit holds."""
+        return all(need_bytes <= limit_bytes for _, need_bytes, limit_bytes in self.limits)
 
     @property
     def can_run(self) -> bool:
@@ -81,6 +100,7 @@ class MemoryPlan:
             "host_bytes": self.bytes_on("host"),
             "host_limit_bytes": self.host_limit_bytes,
             "disk_bytes": self.bytes_on("disk"),
+            "disk_limit_bytes": self.disk_limit_bytes,
             "components": [
                 {"name": part.name, "where": part.where, "bytes": part.n_bytes, "formula": part.formula}
                 for part in self.components
@@ -88,30 +108,19 @@ class MemoryPlan:
             "changes": [change._asdict() for change in self.changes],
             "in_pieces": None if self.in_pieces is None else self.in_pieces._asdict(),
             "qlora": None if self.qlora is None else self.qlora.to_dict(),
+            "notes": list(self.notes),
         }
 
 
 def predicted_memory(
-    facts: ModelFacts,
-    config: RunConfig,
-    profile: Profile,
-    *,
-    rows_per_example: int = 1,  # 1 for lm; the most options of an example for choice
-    longest_tokens: int | None = None,  # of the data, where it is known; max_seq_length otherwise
-    indexed_lines: int = 0,  # of a data file that is too large to be held
+    facts: ModelFacts, config: RunConfig, profile: Profile, *, data: DataShape = UNKNOWN_DATA
 ) -> MemoryPlan:
     """The plan of the run that `config` describes on `profile`'s machine, without advice.
 
-    Raises ModelError when target_modules matches no layer.
+    Raises ModelError when target_modules matches no layer, ConfigError for a limit or a device that the
+    machine does not have.
     """
-    job = job_of(
-        facts,
-        config,
-        profile,
-        rows_per_example=rows_per_example,
-        longest_tokens=longest_tokens,
-        indexed_lines=indexed_lines,
-    )
+    job = job_of(facts, config, profile, data=data)
     parts = (*held_components(job), *working_components(job), *host_components(job), *disk_components(job))
     device_bytes = sum(part.n_bytes for part in parts if part.where == "device")
     return MemoryPlan(
@@ -122,19 +131,14 @@ def predicted_memory(
         components=parts,
         limit_bytes=device_limit(config, profile),
         host_limit_bytes=None if job.on_cpu else host_limit(config, profile, device_bytes=device_bytes),
+        disk_limit_bytes=None if config.output_dir is None else free_disk_bytes(config.output_dir),
+        largest_layer_bytes=max(job.layer_bytes(shape) for shape in facts.linears.values()),
+        notes=tuple(_notes(job)),
     )
 
 
-def job_of(
-    facts: ModelFacts,
-    config: RunConfig,
-    profile: Profile,
-    *,
-    rows_per_example: int = 1,
-    longest_tokens: int | None = None,
-    indexed_lines: int = 0,
-) -> Job:
-    """The run by the sizes that take memory. Raises ModelError when target_modules matches no layer."""
+def job_of(facts: ModelFacts, config: RunConfig, profile: Profile, *, data: DataShape = UNKNOWN_DATA) -> Job:
+    """The run by the sizes that take memory. Raises ModelError and ConfigError as `predicted_memory`."""
     return Job(
         facts=facts,
         config=config,
@@ -142,14 +146,33 @@ def job_of(
         targets=facts.targets(config.target_modules, guide=config.guide),
         on_cpu=computes_on_cpu(config, profile),
         dtype=compute_dtype(config, profile),
-        rows_per_example=rows_per_example,
-        row_tokens=min(longest_tokens or config.max_seq_length, config.max_seq_length),
-        indexed_lines=indexed_lines,
+        data=data,
     )
 
 
+def _notes(job: Job) -> Iterator[str]:
+    """What of the settings does not take effect, and why."""
+    facts, config = job.facts, job.config
+    if facts.positions is not None and config.max_seq_length > facts.positions:
+        yield f"--max-seq-length {config.max_seq_length} is more than the model's {facts.positions} positions"
+    if facts.stored_as == "dense":
+        return
+    bits = "8 bit" if facts.stored_as == "8bit" else "4 bit"
+    without_effect = {
+        "--load-in-8bit": config.load_in_8bit and facts.stored_as != "8bit",
+        "--no-load-in-4bit": not config.load_in_4bit and not config.load_in_8bit,
+        "--double-quant": config.double_quant and facts.stored_as != "4bit-nested",
+    }
+    for flag in (flag for flag, given in without_effect.items() if given):
+        yield f"{flag} has no effect: the checkpoint is saved in {bits}, and is used as it is"
+
+
 def computes_on_cpu(config: RunConfig, profile: Profile) -> bool:
-    """Whether the run computes on the host."""
+    """Whether the run computes on the host. Raises ConfigError for CUDA on a machine without a GPU."""
+    if config.device == "cuda" and profile.kind == "cpu":
+        raise ConfigError(
+            f"device is 'cuda', and profile '{profile.name}' has no GPU: use --device cpu, or a GPU's profile"
+        )
     return config.device == "cpu" or (config.device == "auto" and profile.kind == "cpu")
 
 
@@ -166,12 +189,19 @@ def device_limit(config: RunConfig, profile: Profile) -> int:
     """The limit of the memory that is computed in: the flag that names it, else the profile's budget.
 
     A CPU run keeps to the smaller of both flags: whoever asks for 6GiB wants no more, wherever it is.
+    Raises ConfigError for a limit above the memory that there is.
     """
     on_cpu = computes_on_cpu(config, profile)
-    flags = (config.ram_limit, config.vram_limit) if on_cpu else (config.vram_limit,)
-    given = [flag for flag in flags if flag is not None]
+    flags = {"--ram-limit": config.ram_limit, "--vram-limit": config.vram_limit}
+    given = {flag: n_bytes for flag, n_bytes in flags.items() if n_bytes and (on_cpu or flag == "--vram-limit")}
     if given:
-        return min(given)
+        flag, n_bytes = min(given.items(), key=lambda item: item[1])
+        if profile.kind == ("cpu" if on_cpu else "cuda") and n_bytes > profile.memory:
+            raise ConfigError(
+                f"{flag} {format_bytes(n_bytes)} is more than the {format_bytes(profile.memory)} that profile "
+                f"'{profile.name}' has: leave the flag out to use what is free"
+            )
+        return n_bytes
     if on_cpu and profile.host_memory is not None:
         return profile.host_memory
     return profile.budget_bytes

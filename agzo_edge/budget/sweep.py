@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from agzo_edge.budget.facts import ModelFacts
-from agzo_edge.budget.memory import MemoryPlan, predicted_memory
+from agzo_edge.budget.memory import predicted_memory
 from agzo_edge.budget.plan import in_pieces
 from agzo_edge.budget.profile import Profile
 from agzo_edge.config import RunConfig
@@ -65,13 +65,9 @@ def _resized(config: RunConfig, *, length: int, batch_size: int) -> RunConfig:
 
 def _cell(facts: ModelFacts, config: RunConfig, profile: Profile) -> Cell:
     """The run as asked for, else on the first rung of the ladder that fits."""
-    predict = partial(_predicted, facts, profile)
+    predict = partial(predicted_memory, facts, profile=profile)
     asked = predict(config)
     size = (config.max_seq_length, config.batch_size, asked.device_bytes)
     if (pieces := in_pieces(config, asked, predict)) is not None:
         return Cell(*size, pieces.device_bytes, "in pieces", pieces.how)
     return Cell(*size, asked.device_bytes, "fits" if asked.fits else "refused", "")
-
-
-def _predicted(facts: ModelFacts, profile: Profile, config: RunConfig) -> MemoryPlan:
-    return predicted_memory(facts, config, profile)

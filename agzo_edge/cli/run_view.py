@@ -1,7 +1,7 @@
 """What people see of a run: what is settled before it, where it stands, what came of it."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -177,10 +177,20 @@ def cost_lines(run: "Run") -> list[Text]:
         share = f"{measured / predicted:.0%} of the {format_bytes(predicted)} predicted"
         allowed = f", {format_bytes(limit)} allowed" if limit else ""
         lines.append(_result("memory", f"{format_bytes(measured)} at the peak, {share}{allowed}"))
+        lines += [_result("", Text(_parts_text(report["memory"]), "dim"))] if report.get("memory") else []
     if report.get("tokens_per_s"):
         pace = f"{report['steps']:,} steps, {report['tokens_per_s']:,.0f} tokens/s"
         lines.append(_result("time", f"{duration(report['wall_s'])} for {pace}"))
     return [*lines, _result("adapter", str(run.adapter))]
+
+
+def _parts_text(parts: Mapping[str, Mapping[str, int]]) -> str:
+    """Each part of the memory as measured, and in brackets as predicted."""
+    amounts = (
+        f"{name} {format_bytes(part['measured_bytes'])} ({format_bytes(part['predicted_bytes'])})"
+        for name, part in parts.items()
+    )
+    return ", ".join(amounts)
 
 
 def _result(name: str, text: str | Text) -> Text:

@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, numbered
 from agzo_edge.model.device import chosen_device, chosen_dtype, use_threads
 from agzo_edge.model.linear import BranchedLinear, FrozenLinear
+from agzo_edge.model.memory import give_back, return_what_is_freed
 from agzo_edge.model.offload import fetch_from_host, place_embeddings, place_of, settle
 from agzo_edge.model.passes import PassContext
 from agzo_edge.model.pieces import let_mlps_work_in_pieces
@@ -23,12 +25,21 @@ from agzo_edge.model.workspace import Workspace
 from agzo_edge.writers import default_targets
 
 
+def import_libraries() -> None:
+    """Import what loading will, so that their memory is not taken for the model's."""
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    for name in ("transformers.modeling_utils", "bitsandbytes.functional"):
+        import_module(name)
+
+
 def load_model(source: str, config: RunConfig) -> EdgeModel:
     """The model at `source`, a directory or a hub id, quantized as `config` says, with branches attached.
 
     Raises ModelError when there is no such model, it is no causal language model, it needs code of its own,
     its file is not safetensors, or it holds layers that cannot be adapted.
     """
+    import_libraries()
+    return_what_is_freed()
     tokenizer = load_tokenizer(source, config)
     network = _pretrained(source, config, dtype=chosen_dtype(config.dtype, chosen_device(config.device)))
     return edge_model(network, tokenizer, config, source=source)
@@ -57,6 +68,7 @@ def edge_model(network: Any, tokenizer: Any, config: RunConfig, *, source: str) 
     attach_branches(model, rank=config.rank, guide_rank=config.guide_rank if config.guide == "head" else 0)
     if config.guide == "head":
         require_guidable(model)
+    give_back(device)
     return model
 
 
@@ -109,7 +121,6 @@ def _pretrained(source: str, config: RunConfig, *, dtype: torch.dtype) -> Any:
     """The transformers model as its files hold it: the weights are mapped, and take memory only when they are read."""
     from transformers import AutoModelForCausalLM
 
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     try:
         _refuse_other_quantization(source, config)
         with warnings.catch_warnings():

@@ -16,7 +16,10 @@ import torch
 
 from agzo_edge.budget.detect import available_host_bytes
 from agzo_edge.errors import BudgetBrokenError
+from agzo_edge.units import MIB
 
+RETURNED_BYTES = MIB  # smaller blocks stay in the heap: measured, below it a step takes 5 to 10 % longer
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # written there, VmHWM falls back to what is resident now: proc(5)
@@ -133,6 +136,19 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # glibc's alone; others do it by themselves
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def return_what_is_freed() -> None:
+    """Let every tensor of a megabyte or more come from the system, and go back to it at once when it is freed.
+
+    glibc would keep blocks of up to 32 MiB in its heap for later ones, where gaps stay: a process then holds what
+    one phase needed while the next runs, and nobody can tell beforehand how much (docs/decisions/0010).
+    """
+    with suppress(OSError, AttributeError):  # glibc's alone
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, RETURNED_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, RETURNED_BYTES)
+        libc.mallopt(_M_ARENA_MAX, 1)  # a heap for each thread would keep what the loader's threads freed
 
 
 @contextmanager

@@ -69,6 +69,16 @@ class ExampleSet:
             return self.line_bytes
         return np.array([max(len(row.input_ids) for row in example.rows) for example in self.examples])
 
+    @property
+    def most_label_tokens(self) -> int:
+        """The tokens that are learned, or scored, of the row that has most."""
+        return max(int(row.is_label.sum()) for example in self.examples for row in example.rows)
+
+    @property
+    def n_bytes(self) -> int:
+        """What the tokens and their labels take in memory."""
+        return sum(row.input_ids.nbytes + row.is_label.nbytes for example in self.examples for row in example.rows)
+
 
 @dataclass(frozen=True)
 class Batch:

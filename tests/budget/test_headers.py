@@ -19,7 +19,7 @@ def test_a_single_file_gives_every_layer_with_its_true_shape(tmp_path: Path) -> 
     assert facts.linears["model.layers.1.mlp.down_proj"] == (16, 32)
     assert (facts.embedding_entries, facts.head_entries, facts.other_entries) == (800, 800, 32)
     assert facts.stored_as == "dense"
-    assert facts.mlp_style == "gated"
+    assert facts.block.mlp_style == "gated"
 
 
 def test_parameters_are_what_the_tensors_hold(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +11,13 @@ from checkpoints import llama_facts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agzo_edge.budget.held import layer_bytes
+from agzo_edge.budget.job import DataShape, layer_bytes
 from agzo_edge.budget.memory import MemoryPlan, predicted_memory
 from agzo_edge.budget.plan import fitted_run, memory_plan, require_fits
 from agzo_edge.budget.profile import load_profile
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import BudgetError, ConfigError, ModelError
-from agzo_edge.units import GIB
+from agzo_edge.units import GIB, MIB
 
 FACTS = llama_facts()
 WIDE = llama_facts(
@@ -62,6 +64,8 @@ def test_no_component_is_ever_negative_and_the_plan_is_json(config: RunConfig, p
 @given(config=configs(), profile=st.sampled_from([CPU, GPU]), more=st.integers(1, 40))
 @pytest.mark.parametrize("field", ["batch_size", "max_seq_length", "rank", "adapter_rank"])
 def test_more_of_a_setting_never_needs_less_memory(field: str, config: RunConfig, profile: Any, more: int) -> None:
+    if field == "rank":  # how wide the folded windows get depends on how many fit into the adapter's rank
+        config = config.model_copy(update={"refresh_every": 0})
     larger = config.model_copy(update={field: getattr(config, field) + more})
     assert (
         predicted_memory(FACTS, larger, profile).device_bytes >= predicted_memory(FACTS, config, profile).device_bytes
@@ -99,13 +103,13 @@ def test_an_exact_difference_needs_more_than_a_central_one() -> None:
 
 
 def test_options_of_a_choice_are_rows() -> None:
-    one, four = (memory_plan(FACTS, config_from({}), CPU, rows_per_example=n) for n in (1, 4))
+    one, four = (memory_plan(FACTS, config_from({}), CPU, data=DataShape(rows_per_example=n)) for n in (1, 4))
     assert four.rows == 4 * one.rows
     assert component(four, "activations") == 4 * component(one, "activations")
 
 
 def test_the_data_s_longest_row_counts_and_not_what_was_allowed() -> None:
-    short = memory_plan(FACTS, config_from({"max_seq_length": 1024}), CPU, longest_tokens=100)
+    short = memory_plan(FACTS, config_from({"max_seq_length": 1024}), CPU, data=DataShape(longest_tokens=100))
     assert short.row_tokens == 100
 
 
@@ -140,6 +144,62 @@ def test_limits_from_flags_win_over_the_profile() -> None:
 def test_a_limit_without_a_unit_is_refused() -> None:
     with pytest.raises(ConfigError, match="no unit"):
         config_from({"vram_limit": "6"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "profile", "fault"),
+    [
+        ({"vram_limit": "16GiB"}, GPU, r"--vram-limit 16\.00 GiB is more than the 12\.00 GiB that profile 'rtx-3060"),
+        ({"ram_limit": "20GiB"}, CPU, r"--ram-limit 20\.00 GiB is more than the 16\.00 GiB"),
+        ({"device": "cuda"}, CPU, "profile 'cpu' has no GPU: use --device cpu"),
+    ],
+)
+def test_what_the_machine_does_not_have_is_refused(settings: Any, profile: Any, fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        memory_plan(FACTS, config_from(settings), profile)
+
+
+def test_the_smaller_of_two_limits_holds_on_a_cpu_and_the_gpus_is_no_limit_of_the_host() -> None:
+    both = config_from({"ram_limit": "5GiB", "vram_limit": "6GiB"})
+    assert memory_plan(FACTS, both, CPU).limit_bytes == 5 * GIB
+    on_gpu = memory_plan(FACTS, both, GPU)
+    assert (on_gpu.limit_bytes, on_gpu.host_limit_bytes) == (6 * GIB, 5 * GIB)
+
+
+def test_rows_are_no_longer_than_the_model_s_positions_and_the_plan_says_so() -> None:
+    facts = llama_facts(max_position_embeddings=256)
+    plan = memory_plan(facts, config_from({"max_seq_length": 1024}), CPU)
+    assert plan.row_tokens == 256
+    assert plan.notes == ("--max-seq-length 1024 is more than the model's 256 positions",)
+    assert memory_plan(facts, config_from({"max_seq_length": 256}), CPU).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("stored_as", "settings", "flag"),
+    [
+        ("4bit", {"load_in_8bit": True}, "--load-in-8bit"),
+        ("4bit", {"double_quant": True}, "--double-quant"),
+        ("8bit", {"load_in_4bit": False}, "--no-load-in-4bit"),
+    ],
+)
+def test_flags_that_a_saved_quantized_checkpoint_overrules_are_named(stored_as: Any, settings: Any, flag: str) -> None:
+    notes = memory_plan(replace(FACTS, stored_as=stored_as), config_from(settings), CPU).notes
+    assert [note.split()[0] for note in notes] == [flag]
+    assert memory_plan(replace(FACTS, stored_as=stored_as), config_from({}), CPU).notes == ()
+
+
+def test_a_run_that_its_disk_cannot_hold_is_refused(tmp_path: Path) -> None:
+    plan = memory_plan(FACTS, config_from({"output_dir": str(tmp_path / "not" / "yet")}), CPU)
+    assert plan.disk_limit_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.01)
+    assert plan.fits
+    with pytest.raises(BudgetError, match=r"(?s)on the disk of its output directory.*bases.*another --output-dir"):
+        require_fits(replace(plan, disk_limit_bytes=plan.bytes_on("disk") - 1))
+
+
+def test_changes_are_rungs_of_the_ladder_too() -> None:
+    config = config_from({"vram_limit": "1GiB", "max_seq_length": 1024, "batch_size": 1})
+    plan = memory_plan(WIDE, config, GPU)
+    assert {change.flags.split()[0] for change in plan.changes} & {"--no-fuse-signs", "--mlp-chunk-tokens", "--offload"}
 
 
 def test_a_refusal_names_need_limit_parts_and_what_to_try() -> None:
@@ -195,7 +255,14 @@ def test_a_run_that_fits_is_left_as_it_is() -> None:
 
 def test_weights_above_the_limit_are_refused_whatever_the_micro_batch() -> None:
     with pytest.raises(BudgetError, match=r"(?s)device memory.*No single setting makes it fit"):
-        fitted_run(WIDE, config_from({"vram_limit": "100MiB"}), GPU)
+        fitted_run(WIDE, config_from({"vram_limit": "500MiB"}), GPU)
+
+
+def test_a_limit_below_one_layer_is_refused_with_what_that_layer_takes() -> None:
+    largest = max(out * inp for out, inp in WIDE.linears.values())
+    with pytest.raises(BudgetError, match="the largest layer's weights alone take 452"):
+        fitted_run(WIDE, config_from({"vram_limit": "450MiB", "on_overflow": "stream"}), GPU)
+    assert GPU.context_overhead + layer_bytes((1, largest), "4bit", value_bytes=2) < 453 * MIB
 
 
 def test_a_host_too_small_for_the_loader_is_refused_as_host() -> None:
@@ -252,13 +319,16 @@ def test_layers_that_are_written_to_are_never_outside() -> None:
     config = config_from({"offload": "layers", "target": "dequantized"})
     plan = memory_plan(WIDE, config, CPU)
     assert component(plan, "weights", "mapped") == 0
-    assert component(plan, "opened layers") > 4 * sum(out * inp for out, inp in WIDE.linears.values())
+    assert component(plan, "opened layers") == 4 * sum(out * inp for out, inp in WIDE.linears.values())
 
 
 def test_an_mlp_in_pieces_needs_less_and_opts_does_not() -> None:
     whole, pieces = ({"max_seq_length": 1024, "mlp_chunk_tokens": chunk} for chunk in (None, 128))
-    of_opt = {name.replace(".mlp.", "."): shape for name, shape in WIDE.linears.items()}
-    for facts, smaller in ((WIDE, True), (replace(WIDE, linears=of_opt), False)):
+    of_opt = {
+        field: {name.replace(".mlp.", "."): value for name, value in getattr(WIDE, field).items()}
+        for field in ("linears", "tensors")
+    }
+    for facts, smaller in ((WIDE, True), (replace(WIDE, **of_opt), False)):
         plans = [memory_plan(facts, config_from(settings), CPU) for settings in (whole, pieces)]
         assert (component(plans[1], "activations") < component(plans[0], "activations")) is smaller
 
@@ -267,7 +337,7 @@ def test_weights_of_four_times_the_limit_are_streamed_or_refused() -> None:
     deep = llama_facts(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, vocab_size=2000
     )
-    dense = {"load_in_4bit": False, "max_seq_length": 128, "batch_size": 4}
+    dense = {"load_in_4bit": False, "max_seq_length": 128, "batch_size": 4, "adapter_rank": 4, "refresh_every": 0}
     weights = component(memory_plan(deep, config_from(dense), CPU), "weights")
     limit = CPU.context_overhead + weights // 4
     config = config_from(dense, {"ram_limit": str(limit) + "B"})
@@ -289,6 +359,6 @@ def test_a_run_that_must_not_shrink_has_one_rung() -> None:
 def test_the_lines_of_a_large_file_are_counted_where_they_are_held() -> None:
     for profile, where in ((CPU, "device"), (GPU, "host")):
         config = RunConfig()
-        with_lines = predicted_memory(FACTS, config, profile, indexed_lines=2_000_000)
+        with_lines = predicted_memory(FACTS, config, profile, data=DataShape(indexed_lines=2_000_000))
         assert component(with_lines, "data index", where) == 72_000_000
         assert with_lines.bytes_on(where) - predicted_memory(FACTS, config, profile).bytes_on(where) == 72_000_000

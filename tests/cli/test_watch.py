@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from agzo_edge.budget.job import Component
-from agzo_edge.budget.memory import Change, InPieces, MemoryPlan
+from agzo_edge.budget.memory import InPieces, MemoryPlan, Saving
 from agzo_edge.budget.qlora import QloraNeed
 from agzo_edge.cli.as_json import event_object, json_line
 from agzo_edge.cli.course import Course
@@ -55,7 +55,7 @@ def plan_of(limit_bytes: int) -> MemoryPlan:
         components=components,
         limit_bytes=limit_bytes,
         host_limit_bytes=None,
-        changes=(Change("--micro-batch-size 2", 700 * MIB, fits=False),),
+        changes=(Saving("--micro-batch-size 2", 700 * MIB, fits=False),),
     )
 
 

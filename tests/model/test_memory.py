@@ -1,5 +1,8 @@
 """Memory as the machine sees it: peaks, limits, and what happens at them."""
 
+import subprocess
+import sys
+
 import psutil
 import pytest
 import torch
@@ -51,3 +54,21 @@ def test_other_errors_pass_a_cap_as_they_are() -> None:
 def test_what_is_free_is_no_more_than_there_is() -> None:
     give_back(CPU)
     assert 0 < free_bytes(CPU) <= psutil.virtual_memory().total
+
+
+HOLES = """
+import torch
+from agzo_edge.model.memory import anonymous_bytes, return_what_is_freed
+return_what_is_freed()
+pairs = [(torch.ones(2**19), torch.ones(2**10)) for _ in range(100)]  # of 2 MiB and of 4 KiB, side by side
+full = anonymous_bytes()
+small = [pair[1] for pair in pairs]
+del pairs
+print(full - anonymous_bytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_tensors_that_are_freed_between_others_go_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 190 * MIB

@@ -1,0 +1,234 @@
+"""What is alive at the fullest moments of a forward pass: tensors of tokens x width, and what a matmul adds.
+
+Each count was read off torch's allocation events (torch 2.13, transformers 5.23, CPU, 2026-11): the live
+tensors at the peak of every submodule of the second block, for Llama, Qwen2, Qwen3, Mistral, Gemma 2 and 3,
+Phi-3, GPT-2, GPT-NeoX and OPT. Widths: h hidden, q all query heads, kv all key heads, m MLP.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from agzo_edge.budget.job import FLOAT32_BYTES, Job, folded_rank
+
+SIGN_ENTRY_BYTES = 0.75  # packed bits, the words they came from, the index of each byte's eight signs
+GAUSSIAN_ENTRY_BYTES = 40  # float64 words, uniforms, radius, angle and values, on the CPU
+
+
+class Live(NamedTuple):
+    """The widths that an MLP has alive, in units of tokens x width."""
+
+    around: float  # h: embeddings, the block's input, the sum after attention, the normed input
+    product: float  # m: at the activation or its product with the gate
+    first: float  # m: while the last of the first layers writes its output
+    last: float  # m: while the last layer writes its output
+    outputs: int  # m: width of the output of a first layer
+
+
+LIVE = {
+    "gated": Live(4, 3, 2, 1, 1),
+    "fused gate": Live(4, 4, 2, 3, 2),  # the joined output lives until the block's end
+    "written out": Live(5, 4, 1, 1, 1),
+    "plain": Live(4, 2, 1, 1, 1),
+}
+# The same with dual tensors: each value with its tangent, counted in both streams' tokens.
+EXACT_LIVE = {
+    "gated": Live(3.5, 5, 3.5, 2, 1),
+    "fused gate": Live(3.5, 6, 3.5, 4, 2),
+    "written out": Live(4.5, 5, 2.5, 2, 1),
+    "plain": Live(4, 2.5, 2.5, 2, 1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """One point of a step: what is alive then beside what the run holds, in bytes."""
+
+    name: str
+    activations: float = 0
+    mask: float = 0
+    noise: float = 0
+    logits: float = 0
+
+    @property
+    def n_bytes(self) -> float:
+        """All of it."""
+        return self.activations + self.mask + self.noise + self.logits
+
+
+def block_moments(job: Job) -> Iterator[Moment]:
+    """The moments of one block at which a pass may be at its fullest."""
+    yield exact_attention(job) if job.exact else attention(job)
+    yield attention_output(job)
+    yield from mlp(job)
+    if not job.exact:
+        yield from finding_bases(job)
+
+
+def attention(job: Job) -> Moment:
+    """Attention at its kernel: (outer h + (heads + expanded) q + key_values kv) b for each token, and a float mask.
+
+    With fewer key heads than query heads, keys and values are repeated; rotating the queries takes the same.
+    A soft cap (Gemma 2) has no fused kernel: two copies of the scores, and in 16 bit one more in float32.
+    """
+    facts, b = job.facts, job.value_bytes
+    heads, key_values = _projections(job)
+    expanded = 2 if facts.block.rotary else 0
+    packed = 2 if job.on_cpu and b < FLOAT32_BYTES else 0  # the CPU's 16-bit kernel lays keys and values out anew
+    queries = heads + expanded + packed
+    scores = 0.0
+    if facts.block.keeps_scores:
+        queries = heads + expanded - 1  # the output comes after the scores
+        scores = job.rows * facts.n_heads * job.row_tokens**2 * (FLOAT32_BYTES + b + job.extra_float32_bytes)
+    per_token = _outer(job) * facts.hidden_size + queries * facts.query_width + key_values * facts.kv_width
+    mask = _mask_bytes(job) + (0 if scores else job.rows * job.row_tokens**2 * b)
+    return Moment(name="attention", activations=job.tokens * per_token * b + scores, mask=mask)
+
+
+def attention_output(job: Job) -> Moment:
+    """Attention's last layer: its input and output, and what still stands from before, (outer + 1) h."""
+    facts = job.facts
+    heads, key_values = _projections(job)
+    per_token = (_outer(job) + 1) * facts.hidden_size + heads * facts.query_width + key_values * facts.kv_width
+    return _at_layer(
+        job,
+        "attention's last layer",
+        live=job.tokens * per_token * job.value_bytes + _kept_scores(job),
+        shape=(facts.hidden_size, facts.query_width),
+    )
+
+
+def exact_attention(job: Job) -> Moment:
+    """Attention with dual tensors, in torch's own matmuls and float32: five copies of the scores.
+
+    Or four of them and more of the projections, where rows are short. Half of the tokens' rows exist: each
+    value comes with its tangent.
+    """
+    facts, b = job.facts, job.value_bytes
+    scores = job.rows / 2 * facts.n_heads * job.row_tokens**2 * FLOAT32_BYTES
+    in_float32 = 7 if job.extra_float32_bytes else 0  # copies of the projections
+    key_values = 3 if facts.block.rotary and not facts.block.fused_qkv else 0
+    outer = _outer(job) - 0.5
+    long, short = (
+        (5 * scores, outer * facts.hidden_size + (4 + in_float32) * facts.query_width + key_values * facts.kv_width),
+        (4 * scores, outer * facts.hidden_size + (7 + in_float32) * facts.query_width + key_values * facts.kv_width),
+    )
+    activations = max(held + job.tokens * per_token * b for held, per_token in (long, short))
+    return Moment(
+        name="attention", activations=activations, mask=_mask_bytes(job) + job.rows / 2 * job.row_tokens**2 * b
+    )
+
+
+def mlp(job: Job) -> Iterator[Moment]:
+    """The MLP at its product and at its first and last layers: tokens (around h + wide m) b.
+
+    Working on a part of each row's tokens, the wide tensors are that much smaller; the parts' outputs, h,
+    stand beside them, and at the end once more in one piece.
+    """
+    facts, b = job.facts, job.value_bytes
+    h, m = facts.hidden_size, facts.block.mlp_width
+    live = (EXACT_LIVE if job.exact else LIVE)[facts.block.mlp_style]
+    wide_tokens = job.tokens * job.mlp_share
+    held = (live.around * job.tokens + job.tokens - wide_tokens) * h * b + _kept_scores(job)
+    last = h * wide_tokens * (2 if job.exact else 1)
+    if job.mlp_share < 1:
+        yield Moment(name="MLP, joined", activations=held + job.tokens * h * b, mask=_mask_bytes(job))
+    yield Moment(name="MLP", activations=held + wide_tokens * live.product * m * b, mask=_mask_bytes(job))
+    first_input = h * wide_tokens * (1 if job.exact or facts.block.positions_by_row else 0)
+    first = held + (wide_tokens * live.first * m + first_input) * b
+    yield _at_layer(job, "MLP's first layers", live=first, shape=(live.outputs * m, h))
+    yield _at_layer(job, "MLP's last layer", live=held + (wide_tokens * live.last * m + last) * b, shape=(h, m))
+
+
+def finding_bases(job: Job) -> Iterator[Moment]:
+    """The MLP's layers while they also find a basis and a scale from their inputs and outputs in float32.
+
+    Both signs in one pass: a 16-bit tensor is first converted, then their mean and its valid tokens are made.
+    Otherwise plain passes find them: the valid tokens, and in 16 bit their conversion; then their squares.
+    """
+    facts, b = job.facts, job.value_bytes
+    h, m = facts.hidden_size, facts.block.mlp_width
+    live = LIVE[facts.block.mlp_style]
+    if job.finds_bases_in_pass:
+        tokens, seen = float(job.tokens), FLOAT32_BYTES + job.extra_float32_bytes
+    else:
+        tokens, seen = job.tokens / job.streams, 2 * FLOAT32_BYTES
+    wide = tokens * job.mlp_share
+    held = (live.around * tokens + tokens - wide) * h * b + _kept_scores(job)
+    mask = _mask_bytes(job)
+    first = held + wide * m * (live.first * b + live.outputs * seen)
+    yield Moment(name="MLP's first layers, finding bases", activations=first, mask=mask)
+    last = held + wide * (m * (live.last * b + seen) + h * (b + FLOAT32_BYTES / 2))
+    yield Moment(name="MLP's last layer, finding bases", activations=last, mask=mask)
+
+
+def drawn_noise(job: Job, out_features: int, *, directions: int, value_bytes: int) -> float:
+    """Bytes of one layer's noise while it is drawn: out x rank entries for each direction, and what makes them."""
+    entries = directions * out_features * job.config.rank
+    if job.config.noise == "sign":
+        return entries * (value_bytes + SIGN_ENTRY_BYTES)
+    converted = value_bytes if value_bytes < FLOAT32_BYTES else 0
+    return entries * max(GAUSSIAN_ENTRY_BYTES if job.on_cpu else 0, FLOAT32_BYTES + converted)
+
+
+def layer_noise(job: Job, out_features: int, *, output_bytes: float) -> float:
+    """Bytes of one layer's noise in a pass, beside its output, at its fullest.
+
+    It is drawn for each example and copied to the example's rows; in float32 each stream then gets its own
+    multiple, and all of them are joined. That is before the output is there, unless folded windows have been
+    summed into it, or a basis is found in this pass. (A GPU's kernel reads packed signs, and takes less.)
+    """
+    b, streams = job.value_bytes, 1 if job.exact else job.streams
+    of_rows = job.rows / job.streams * out_features * job.config.rank * b
+    gaussian = job.config.noise == "gaussian"
+    stored = job.pass_directions * out_features * job.config.rank * FLOAT32_BYTES if gaussian else 0
+    drawn = drawn_noise(job, out_features, directions=job.pass_directions, value_bytes=b)
+    if b < FLOAT32_BYTES:
+        joining = joined = stored + of_rows
+    else:
+        joining, joined = stored + of_rows * (1 + 2 * streams), stored + of_rows * (1 + streams)
+    fullest = max(drawn + (0 if gaussian else of_rows), joining)
+    if job.finds_bases_in_pass or (folded_rank(job) > 0 and not job.opened):
+        return fullest
+    return max(joined, fullest - output_bytes)
+
+
+def _at_layer(
+    job: Job,
+    name: str,
+    *,
+    live: float,  # bytes, the layer's output among them
+    shape: tuple[int, int],  # (out_features, in_features)
+) -> Moment:
+    """A layer at work: its noise, and in float16 the weight that is held in float32 to be written to."""
+    converted = shape[0] * shape[1] * job.value_bytes if job.opened and job.dtype == "float16" else 0
+    noise = layer_noise(job, shape[0], output_bytes=job.tokens * shape[0] * job.value_bytes)
+    return Moment(name=name, activations=live + converted, mask=_mask_bytes(job), noise=noise)
+
+
+def _outer(job: Job) -> float:
+    """Tensors of width h that stand while attention works: embeddings, the block's input, the normed input."""
+    return 4 if job.facts.block.positions_by_row else 3
+
+
+def _projections(job: Job) -> tuple[int, int]:
+    """Tensors of width q, and of width kv, at attention's end: its output, and what it was computed from."""
+    block = job.facts.block
+    return (3, 3) if block.fused_qkv and block.rotary else (2, 2)
+
+
+def _kept_scores(job: Job) -> float:
+    """Bytes of the scores that stand until the block's end, where attention keeps them; their tangents too."""
+    if not job.facts.block.keeps_scores:
+        return 0
+    return job.rows * job.facts.n_heads * job.row_tokens**2 * job.value_bytes
+
+
+def _mask_bytes(job: Job) -> float:
+    """The masks of padding and causality, which stand through the pass: a byte for each pair of a row's tokens.
+
+    Where the scores are kept, a mask is a number of the compute dtype, to be added to them.
+    """
+    block = job.facts.block
+    rows = job.rows / 2 if job.exact else job.rows
+    return rows * job.row_tokens**2 * block.n_masks * (job.value_bytes if block.keeps_scores else 1)
