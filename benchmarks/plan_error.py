@@ -28,7 +28,7 @@ import transformers
 from environment import environment, leave_result, parser_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from agzo_edge.config import config_from
+from agzo_edge.config import RunConfig, config_from
 from agzo_edge.events import Finished, Planned
 from agzo_edge.model.memory import give_back
 from agzo_edge.session import training
@@ -174,27 +174,29 @@ def warm_up(root: Path) -> None:
 
 def run_once(model: Path, combination: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The plan of a run, after the run."""
-    data = str(write_rows(folder / "rows.jsonl", combination))
-    config = config_from(
-        {
-            "model": str(model),
-            "data": data,
-            "eval_data": data if combination["evaluates"] else None,
-            "output_dir": str(folder / "out"),
-            "device": "cpu",
-            "mu": 0.01,
-            "threads": 1,
-            "overlong": "truncate",
-        },
-        combination["settings"],
-    )
     told: dict[str, Any] = {}
-    for event in training(config):
+    for event in training(config_of(model, combination, folder, {})):
         if isinstance(event, Planned):
             told |= event.plan.to_dict()
         if isinstance(event, Finished):
             told["memory"] = event.run.report["memory"]
     return told
+
+
+def config_of(model: Path, combination: dict[str, Any], folder: Path, more: dict[str, Any]) -> RunConfig:
+    """The run of a combination, its rows and its output in `folder`, with `more` settings."""
+    data = str(write_rows(folder / "rows.jsonl", combination))
+    fixed = {
+        "model": str(model),
+        "data": data,
+        "eval_data": data if combination["evaluates"] else None,
+        "output_dir": str(folder / "out"),
+        "device": "cpu",
+        "mu": 0.01,
+        "threads": 1,
+        "overlong": "truncate",
+    }
+    return config_from(fixed, combination["settings"], more)
 
 
 def measured(model: Path, combination: dict[str, Any]) -> dict[str, Any]:
@@ -214,9 +216,9 @@ def measured(model: Path, combination: dict[str, Any]) -> dict[str, Any]:
             finally:
                 os._exit(code)
         os.close(writer)
-        start = peak = _anonymous(child)
+        start = peak = anonymous_of(child)
         while os.waitpid(child, os.WNOHANG) == (0, 0):
-            peak = max(peak, _anonymous(child))
+            peak = max(peak, anonymous_of(child))
             time.sleep(SAMPLE_S)
         with os.fdopen(reader, "rb") as pipe:
             told = pipe.read().decode()
@@ -226,7 +228,8 @@ def measured(model: Path, combination: dict[str, Any]) -> dict[str, Any]:
         return {"failed": told}
 
 
-def _anonymous(process: int) -> int:
+def anonymous_of(process: int) -> int:
+    """Anonymous bytes of a process; 0 when it is gone."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:

@@ -49,11 +49,12 @@ class Moment:
     mask: float = 0
     noise: float = 0
     logits: float = 0
+    cache: float = 0  # of keys and values, while texts are written
 
     @property
     def n_bytes(self) -> float:
         """All of it."""
-        return self.activations + self.mask + self.noise + self.logits
+        return self.activations + self.mask + self.noise + self.logits + self.cache
 
 
 def block_moments(job: Job) -> Iterator[Moment]:

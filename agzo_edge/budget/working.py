@@ -89,8 +89,8 @@ def answering(job: Job) -> Iterator[Moment]:
     tokens = job.rows * (job.row_tokens + job.config.written_tokens)
     cache = tokens * (token_bytes + token_bytes // facts.n_layers)
     fullest = max(block_moments(job), key=lambda moment: moment.n_bytes)
-    yield replace(fullest, name=f"{fullest.name}, answering", activations=fullest.activations + cache)
-    yield Moment(name="next token", activations=cache, logits=job.rows * facts.vocab_size * NEXT_TOKEN_BYTES)
+    yield replace(fullest, name=f"{fullest.name}, answering", cache=cache)
+    yield Moment(name="next token", logits=job.rows * facts.vocab_size * NEXT_TOKEN_BYTES, cache=cache)
 
 
 def guiding(job: Job) -> Moment:
@@ -183,6 +183,9 @@ def _components(job: Job, moment: Moment) -> Iterator[Component]:
         "noise": "one layer's noise",
         "logits": f"a chunk of {job.facts.vocab_size:,} logits for each position",
     }
-    names = {"mask": "attention mask", "logits": "logits chunk"}
+    if moment.cache:
+        written = job.config.written_tokens
+        formulas["cache"] = f"{job.rows} rows x ({job.row_tokens:,} + {written:,} written) tokens x all layers"
+    names = {"mask": "attention mask", "logits": "logits chunk", "cache": "KV cache"}
     for field, formula in formulas.items():
         yield Component(names.get(field, field), math.ceil(getattr(moment, field)), "device", formula)

@@ -11,8 +11,9 @@ from helpers import run_config, tiny_batch, tiny_micro_batches, tiny_model
 
 import agzo_edge
 from agzo_edge.budget.facts import model_facts
-from agzo_edge.budget.memory import predicted_memory
+from agzo_edge.budget.memory import job_of
 from agzo_edge.budget.profile import load_profile
+from agzo_edge.budget.working import moments
 from agzo_edge.cli.run import exit_code_of
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME
@@ -153,10 +154,10 @@ def test_the_plan_counts_the_keys_and_values_of_both_signs() -> None:
     facts = model_facts(str(MODEL_DIR))
     settings = {"device": "cpu", "batch_size": 8, "max_seq_length": 100}
     reward = {"objective": "reward", "reward": "f1", "max_new_tokens": 28}
-    plans = [
-        predicted_memory(facts, run_config(**settings, **more), load_profile("rtx-3060-12gb")) for more in ({}, reward)
+    profile = load_profile("rtx-3060-12gb")
+    caches = [
+        {moment.cache for moment in moments(job_of(facts, run_config(**settings, **more), profile))}
+        for more in ({}, reward)
     ]
-    parts = [{part.name: part.n_bytes for part in plan.components} for plan in plans]
     entries = 2 * 8 * 128 * facts.n_kv_heads * facts.head_dim * 2  # rows, tokens, width, keys and values
-    assert parts[1]["KV cache"] == entries * (facts.n_layers + 1) * 4
-    assert "KV cache" not in parts[0]
+    assert caches == [{0}, {0, entries * (facts.n_layers + 1) * 4}]
