@@ -15,10 +15,7 @@ from typing import Any
 
 from agzo_edge import demo
 from agzo_edge.account import Account
-from agzo_edge.budget.detect import machine_profile
-from agzo_edge.budget.facts import ModelFacts, model_facts
-from agzo_edge.budget.job import DataShape
-from agzo_edge.budget.plan import fitted_run
+from agzo_edge.budget.facts import model_facts
 from agzo_edge.config import RunConfig, Sampling
 from agzo_edge.errors import BudgetBrokenError, ConfigError, DataError
 from agzo_edge.evaluations import Evaluations
@@ -29,7 +26,6 @@ from agzo_edge.events import (
     ModelReady,
     Moved,
     MuChosen,
-    Planned,
     Run,
     Saved,
     Stepped,
@@ -37,9 +33,9 @@ from agzo_edge.events import (
 from agzo_edge.footprint import Footprint
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.device import chosen_device
-from agzo_edge.model.load import load_model, load_tokenizer
+from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.model.setup import require_usable_gpu
+from agzo_edge.preparation import planned_run, run_data
 from agzo_edge.rebuild import bring_up_to
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.record.lock import RunLock
@@ -62,8 +58,6 @@ from agzo_edge.rundir import (
 from agzo_edge.scalars import with_tensorboard
 from agzo_edge.serve.dequantized import save_dense_model
 from agzo_edge.serve.generate import TextModel
-from agzo_edge.train.data import ExampleSet
-from agzo_edge.train.examples import load_examples
 from agzo_edge.train.goal import goal_of
 from agzo_edge.train.guard import Guard
 from agzo_edge.train.learner import Learner
@@ -89,7 +83,7 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     if not resume:
         require_unused(out)
     facts = model_facts(str(config.model))  # first of all: a model that is not there is refused at once
-    data, held_out = _data(config)
+    data, held_out = run_data(config)
     yield DataReady(data.report, held_out.report if held_out else None, data.sample)
     planned = planned_run(config, facts, [part for part in (data, held_out) if part])
     yield planned
@@ -115,48 +109,6 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
         session = _Session(config, account, evaluations, model, goal, samples, out, guard)
         events = session.resumed() if resume else session.begun()
         yield from with_tensorboard(events, out) if config.report_to == "tensorboard" else events
-
-
-def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]) -> Planned:
-    """The plan of a run on this data that fits its machine, with what had to change for it.
-
-    Raises BudgetError when nothing fits, ConfigError for a GPU that cannot be used or is not there.
-    """
-    machine = machine_profile(config.profile)
-    notes = require_usable_gpu(config, machine)
-    if machine.kind == "cuda" and config.device != "cpu" and chosen_device(config.device).type == "cpu":
-        raise ConfigError(
-            f"profile '{machine.name}' is a GPU's, and torch sees no CUDA device here: use --profile auto to train on "
-            f"this machine, or `agzo-edge plan` to look at that one"
-        )
-    fitted = fitted_run(
-        facts,
-        config,
-        machine,
-        data=data_shape(data),
-    )
-    return Planned(fitted.config, fitted.plan, machine.name, fitted.notes, fitted.rungs, notes)
-
-
-def data_shape(data: Sequence[ExampleSet]) -> DataShape:
-    """What a plan must know of the data; of a streamed file, of which nobody has seen all rows, its lines."""
-    held = [part for part in data if not part.report.streamed]
-    return DataShape(
-        rows_per_example=max(part.report.rows_per_example for part in data),
-        longest_tokens=max(part.report.longest_tokens for part in data),
-        label_tokens=max(part.most_label_tokens for part in held) if len(held) == len(data) else None,
-        n_bytes=sum(part.n_bytes for part in held),
-        indexed_lines=max(part.report.rows_read if part.report.streamed else 0 for part in data),
-    )
-
-
-def _data(config: RunConfig) -> tuple[ExampleSet, ExampleSet | None]:
-    """The training examples, and the held-out ones where they are given."""
-    tokenizer = load_tokenizer(str(config.model), config)
-    data = load_examples(str(config.data), tokenizer, config, split="train")
-    if config.eval_data is None:
-        return data, None
-    return data, load_examples(config.eval_data, tokenizer, config, split="validation")
 
 
 @dataclass

@@ -17,7 +17,7 @@ LAYERS = [
     {"serve", "demo"},
     {"events", "rundir"},
     {"footprint"},
-    {"scalars", "account", "evaluations", "rebuild"},
+    {"scalars", "account", "evaluations", "preparation", "rebuild"},
     {"session"},
     {"api"},
     {"cli"},

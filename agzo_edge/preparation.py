@@ -1,0 +1,53 @@
+"""What is settled before anything is loaded: a run's data, and the plan that fits them to the machine."""
+
+from collections.abc import Sequence
+
+from agzo_edge.budget.detect import machine_profile
+from agzo_edge.budget.facts import ModelFacts
+from agzo_edge.budget.job import DataShape
+from agzo_edge.budget.plan import fitted_run
+from agzo_edge.config import RunConfig
+from agzo_edge.errors import ConfigError
+from agzo_edge.events import Planned
+from agzo_edge.model.device import chosen_device
+from agzo_edge.model.load import load_tokenizer
+from agzo_edge.model.setup import require_usable_gpu
+from agzo_edge.train.data import ExampleSet
+from agzo_edge.train.examples import load_examples
+
+
+def run_data(config: RunConfig) -> tuple[ExampleSet, ExampleSet | None]:
+    """The training examples, and the held-out ones where they are given. Raises DataError with all faults."""
+    tokenizer = load_tokenizer(str(config.model), config)
+    data = load_examples(str(config.data), tokenizer, config, split="train")
+    if config.eval_data is None:
+        return data, None
+    return data, load_examples(config.eval_data, tokenizer, config, split="validation")
+
+
+def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]) -> Planned:
+    """The plan of a run on this data that fits its machine, with what had to change for it.
+
+    Raises BudgetError when nothing fits, ConfigError for a GPU that cannot be used or is not there.
+    """
+    machine = machine_profile(config.profile)
+    notes = require_usable_gpu(config, machine)
+    if machine.kind == "cuda" and config.device != "cpu" and chosen_device(config.device).type == "cpu":
+        raise ConfigError(
+            f"profile '{machine.name}' is a GPU's, and torch sees no CUDA device here: use --profile auto to train on "
+            f"this machine, or `agzo-edge plan` to look at that one"
+        )
+    fitted = fitted_run(facts, config, machine, data=data_shape(data))
+    return Planned(fitted.config, fitted.plan, machine.name, fitted.notes, fitted.rungs, notes)
+
+
+def data_shape(data: Sequence[ExampleSet]) -> DataShape:
+    """What a plan must know of the data; of a streamed file, of which nobody has seen all rows, its lines."""
+    held = [part for part in data if not part.report.streamed]
+    return DataShape(
+        rows_per_example=max(part.report.rows_per_example for part in data),
+        longest_tokens=max(part.report.longest_tokens for part in data),
+        label_tokens=max(part.most_label_tokens for part in held) if len(held) == len(data) else None,
+        n_bytes=sum(part.n_bytes for part in held),
+        indexed_lines=max(part.report.rows_read if part.report.streamed else 0 for part in data),
+    )
