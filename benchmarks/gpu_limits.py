@@ -10,6 +10,7 @@ from gpu_steps import MU, batches
 from step_cost import random_examples
 
 from agzo_edge.budget.detect import machine_profile
+from agzo_edge.budget.job import DataShape
 from agzo_edge.budget.plan import FittedRun, fitted_run
 from agzo_edge.config import RunConfig
 from agzo_edge.model.memory import capped
@@ -52,7 +53,7 @@ def _fitted(setting: Setting, shape: str, limit_bytes: int, *, examples: int, to
     """The run on the first rung that fits. Raises BudgetError when none does."""
     limit = {"vram_limit": limit_bytes} if setting.on_gpu else {"ram_limit": limit_bytes}
     config = setting.config(batch_size=examples, max_seq_length=tokens, on_overflow="stream", **limit)
-    return fitted_run(facts_of_shape(shape), config, machine_profile("auto"), longest_tokens=tokens)
+    return fitted_run(facts_of_shape(shape), config, machine_profile("auto"), data=DataShape(longest_tokens=tokens))
 
 
 def _rows(shape: str, n: int, tokens: int) -> list[Example]:

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agzo_edge.budget.job import DataShape, layer_bytes
-from agzo_edge.budget.memory import MemoryPlan, predicted_memory
+from agzo_edge.budget.memory import MemoryPlan, job_of, predicted_memory
 from agzo_edge.budget.plan import fitted_run, memory_plan, require_fits
 from agzo_edge.budget.profile import load_profile
+from agzo_edge.budget.working import moments
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import BudgetError, ConfigError, ModelError
 from agzo_edge.units import GIB, MIB
@@ -74,13 +75,13 @@ def test_more_of_a_setting_never_needs_less_memory(field: str, config: RunConfig
 
 def test_a_guide_takes_three_chunks_of_logits_and_leaves_out_the_layers_that_it_cannot_lead() -> None:
     settings = {"logits_chunk": 2**20, "batch_size": 4, "max_seq_length": 256}
-    plain = predicted_memory(WIDE, config_from(settings), CPU)
-    guided = predicted_memory(WIDE, config_from({**settings, "guide": "head"}), CPU)
+    plain, guided = (job_of(WIDE, config_from({**settings, **more}), CPU) for more in ({}, {"guide": "head"}))
     chunk = 2**20 // (4 * 32_000) * 4 * 32_000
-    kept = component(guided, "guide") - 3 * chunk
-    assert 0 < kept < 16 * 1024 * (4 + 4 * 4) * 4 + 16 * 4 * 256 * 4 * 4 + 1
-    assert component(guided, "adapter") < component(plain, "adapter")
-    assert all(part.name != "guide" for part in plain.components)
+    guide = next(moment for moment in moments(guided) if moment.name == "guide")
+    assert guide.logits == (2 + 3) * chunk
+    assert 0 < guide.activations < 16 * 1024 * (4 + 4 * 4) * 4 + 16 * 4 * 256 * 4 * 4 + 1
+    assert len(guided.targets) < len(plain.targets)
+    assert all(moment.name != "guide" for moment in moments(plain))
 
 
 @given(config=configs(), size=st.integers(1, 64))
