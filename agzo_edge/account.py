@@ -1,5 +1,6 @@
 """What a run tells of itself: the model card and the report."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,16 +35,22 @@ class Account:
     tokens: int = 0
     wall_s: float = 0.0
     peak_bytes: int = 0
+    last_loss: float = -math.inf  # of the last step
+    times_gone_back: int = 0
     evaluations: dict[int, Metrics] = field(default_factory=dict)
 
     def take(self, timed: TimedStep) -> None:
         """Add a step."""
         self._add(timed.tokens, timed.wall_s, timed.peak_bytes)
+        self.last_loss = timed.record.loss
+        self.times_gone_back += (timed.record.went_back_to is not None) + (timed.record.ended_at is not None)
 
     def take_records(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add the steps of earlier sittings, from the journal."""
         for record in records:
             self._add(int(record["tokens"]), float(record["wall_s"]), int(record["peak_bytes"]))
+            self.last_loss = float(record["loss"])
+            self.times_gone_back += ("went_back_to" in record) + ("ended_at" in record)
 
     def _add(self, tokens: int, wall_s: float, peak_bytes: int) -> None:
         self.steps += 1
@@ -95,6 +102,7 @@ class Account:
             "model": self.config.model,
             "finished": True,
             "steps": self.steps,
+            "times_gone_back": self.times_gone_back,
             "wall_s": round(self.wall_s, 3),
             "tokens": self.tokens,
             "tokens_per_s": round(self.tokens / self.wall_s, 1) if self.wall_s else None,

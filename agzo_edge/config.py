@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from agzo_edge.data_config import DataConfig
 from agzo_edge.errors import ConfigError, numbered
 from agzo_edge.units import MIB, parse_bytes
+from agzo_edge.writers import ALL_LINEAR, writes_to_residual
 
 KEPT_CHECKPOINTS = 2  # the last one, and one before it in case the disk dies under the last
 
@@ -31,15 +32,15 @@ class AgzoConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    rank: int = Field(4, ge=1, le=64, description="Directions in a layer's basis (r in the paper).")
-    guide: Literal["none", "head"] = Field(
-        "none",
+    rank: int = Field(2, ge=1, le=64, description="Directions in a layer's basis (r in the paper).")
+    guide: Literal["auto", "none", "head"] = Field(
+        "auto",
         description="Outputs that the noise spans: all, or, in the layers that write to the residual stream, those to "
-        "which the errors at the head point.",
+        "which the errors at the head point; auto takes head wherever it can.",
     )
-    guide_rank: int = Field(4, ge=1, le=64, description="Directions that a guide leaves the noise.")
+    guide_rank: int = Field(2, ge=1, le=64, description="Directions that a guide leaves the noise.")
     refresh_every: int = Field(
-        25,
+        5,
         ge=0,
         description="Steps in a window, during which the basis is fixed; 0 keeps the first one for ever.",
     )
@@ -67,11 +68,17 @@ class AgzoConfig(BaseModel):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum, and Adam's first decay.")
     adam_beta2: float = Field(0.99, ge=0, lt=1, description="Adam's second decay.")
-    learning_rate: float = Field(0.1, gt=0, description="Step length.")
+    learning_rate: float = Field(0.15, gt=0, description="Step length.")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="Course of the learning rate after the warm-up."
     )
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero.")
+    undo_every: int = Field(
+        25,
+        ge=0,
+        description="Steps between looks at whether the run got worse: it then goes back to its best state, and on "
+        "with a third of the rate; 0 never looks.",
+    )
     max_steps: int = Field(500, ge=1, description="Steps to train.")
     adapter_rank: int = Field(16, ge=1, le=1024, description="Largest rank of the accumulated adapter.")
     target: Literal["adapter", "dequantized"] = Field(
@@ -121,8 +128,8 @@ class RunConfig(AgzoConfig, DataConfig):
     target_modules: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="Names or suffixes of the layers to train; all linear layers but the head by default, with a "
-        "guide those of them that write to the residual stream.",
+        description="Names or suffixes of the layers to train, or all-linear; by default those that write to the "
+        "residual stream (o_proj, down_proj).",
     )
     batch_size: int = Field(16, ge=1, description="Examples in a step.")
     group_by_length: bool = Field(True, description="Put examples of like length in a step: little padding.")
@@ -138,6 +145,16 @@ class RunConfig(AgzoConfig, DataConfig):
     )
     save_steps: int = Field(100, ge=0, description="Write the adapter every so many steps; 0 only at the end.")
     report_to: Literal["none", "tensorboard"] = Field("none", description="Where else to send the metrics.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guide_is_chosen(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Settle what `auto` is: rewards have no derivative to guide by, other layers no way to be led."""
+        if given.get("guide", "auto") != "auto":
+            return given
+        targets = [str(name) for name in given.get("target_modules") or ()]
+        can_lead = not targets or any(name == ALL_LINEAR or writes_to_residual(name) for name in targets)
+        return {**given, "guide": "head" if can_lead and given.get("objective") != "reward" else "none"}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -156,6 +173,11 @@ class RunConfig(AgzoConfig, DataConfig):
             raise ValueError("; ".join(faults))
         return self
 
+    @property
+    def can_go_back(self) -> bool:
+        """Whether the run looks for harm: losses must come from a plain pass, and the base must not be written to."""
+        return self.undo_every > 0 and self.objective != "reward" and self.target == "adapter"
+
 
 class Sampling(BaseModel):
     """How text is written, token by token."""
@@ -172,6 +194,8 @@ class Sampling(BaseModel):
 # One shared Gaussian direction, forward difference, rank 1, a new basis every step: Algorithm 1 of the paper.
 _PAPER = {
     "rank": 1,
+    "guide": "none",
+    "target_modules": (ALL_LINEAR,),
     "refresh_every": 1,
     "power_iterations": 3,
     "noise": "gaussian",
@@ -184,12 +208,10 @@ _PAPER = {
     "mu": 1e-3,
     "learning_rate": 1e-3,
     "lr_schedule": "constant",
+    "undo_every": 0,
 }
 
-# Noise guided by the errors at the head: docs/decisions/0031 has the rate and the windows.
-_GUIDED = {"guide": "head", "refresh_every": 10, "learning_rate": 0.2}
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "guided": _GUIDED, "paper": _PAPER}
+PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": _PAPER}
 
 
 def config_from(*sources: Mapping[str, Any], preset: str = "default") -> RunConfig:

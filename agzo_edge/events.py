@@ -62,6 +62,15 @@ class Moved:
 
 
 @dataclass(frozen=True)
+class WentBack:
+    """The run had done harm: it is in its best state again, and goes on with a smaller rate."""
+
+    step: int  # steps done before it
+    to_step: int  # steps of which the best state is the result
+    learning_rate: float  # of the next step; 0 when there is none
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Held-out examples were scored after `step` steps."""
 
@@ -101,4 +110,4 @@ class Run:
     report: dict[str, Any]  # as in report.json
 
 
-Event = Planned | DataReady | ModelReady | MuChosen | Moved | Evaluated | Stepped | Saved | Finished
+Event = Planned | DataReady | ModelReady | MuChosen | Moved | WentBack | Evaluated | Stepped | Saved | Finished

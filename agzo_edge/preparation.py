@@ -1,6 +1,6 @@
 """What is settled before anything is loaded: a run's data, and the plan that fits them to the machine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import ModelFacts
@@ -12,8 +12,10 @@ from agzo_edge.events import Planned
 from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_tokenizer
 from agzo_edge.model.setup import require_usable_gpu
+from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.examples import load_examples
+from agzo_edge.writers import writes_to_residual
 
 
 def run_data(config: RunConfig) -> tuple[ExampleSet, ExampleSet | None]:
@@ -23,6 +25,15 @@ def run_data(config: RunConfig) -> tuple[ExampleSet, ExampleSet | None]:
     if config.eval_data is None:
         return data, None
     return data, load_examples(config.eval_data, tokenizer, config, split="validation")
+
+
+def on_adapters_layers(config: RunConfig, changes: Mapping[str, LowRank], facts: ModelFacts) -> RunConfig:
+    """The run on the layers of the adapter that it begins with, where it names none itself."""
+    layers = tuple(name for name in changes if name in facts.linears)  # what does not fit is told of as such
+    if config.target_modules or not layers:
+        return config
+    guide = config.guide if any(map(writes_to_residual, layers)) else "none"
+    return config.model_copy(update={"target_modules": layers, "guide": guide})
 
 
 def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]) -> Planned:

@@ -123,6 +123,9 @@ def keep_step(directory: Path, journal: JournalWriter, timed: TimedStep, learner
             "wall_s": round(timed.wall_s, 6),
             "peak_bytes": timed.peak_bytes,
             **({} if record.left_out is None else {"left_out": record.left_out}),
+            **({} if record.watched is None else {"watched": list(record.watched)}),
+            **({} if record.went_back_to is None else {"went_back_to": record.went_back_to}),
+            **({} if record.ended_at is None else {"ended_at": record.ended_at}),
         }
     )
 

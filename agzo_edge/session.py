@@ -29,13 +29,14 @@ from agzo_edge.events import (
     Run,
     Saved,
     Stepped,
+    WentBack,
 )
 from agzo_edge.footprint import Footprint
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.preparation import planned_run, run_data
+from agzo_edge.preparation import on_adapters_layers, planned_run, run_data
 from agzo_edge.rebuild import bring_up_to
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.record.lock import RunLock
@@ -85,10 +86,11 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     facts = model_facts(str(config.model))  # first of all: a model that is not there is refused at once
     data, held_out = run_data(config)
     yield DataReady(data.report, held_out.report if held_out else None, data.sample)
+    changes = load_changes(Path(config.adapter)) if config.adapter else {}
+    config = on_adapters_layers(config, changes, facts)
     planned = planned_run(config, facts, [part for part in (data, held_out) if part])
     yield planned
     config = planned.config
-    changes = load_changes(Path(config.adapter)) if config.adapter else {}
     widest = max((change.rank for change in changes.values()), default=0)
     if widest > config.adapter_rank:
         raise ConfigError(
@@ -189,12 +191,17 @@ class _Session:
                 mu=mu,
                 goal=self.goal,
                 first_step=journal.next_step,
+                last_loss=self.account.last_loss,
             ):
                 keep_step(self.out, journal, timed, learner)
                 self.account.take(timed)
                 yield from (Moved(done, what) for what in timed.moves)
+                if timed.record.went_back_to is not None:
+                    yield WentBack(done, timed.record.went_back_to, timed.record.learning_rate)
                 done = timed.record.step + 1
                 yield Stepped(timed)
+                if timed.record.ended_at is not None:
+                    yield WentBack(done, timed.record.ended_at, 0.0)
                 if self.evaluations.is_due(done):
                     yield from self.evaluations.made(done, save_best)
                 if self.evaluations.say_stop():

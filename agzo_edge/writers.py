@@ -1,6 +1,12 @@
-"""Which layers write to the residual stream: what they put out is added to the hidden states as it is."""
+"""Which layers a run trains: its own choice is those that write to the residual stream.
 
-from collections.abc import Iterable
+What they put out is added to the hidden states as it is. They have half of a model's noise entries or fewer, learn text
+better than all layers together, and can be guided (docs/decisions/0031 and 0032).
+"""
+
+from collections.abc import Iterable, Sequence
+
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 
 # The last part of their names in transformers' models: of attention, and of the MLP.
 _ATTENTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo")
@@ -12,7 +18,14 @@ def writes_to_residual(name: str) -> bool:
     return name.rpartition(".")[2] in {*_ATTENTION, *_MLP}
 
 
-def default_targets(names: Iterable[str], *, guide: str) -> set[str]:
-    """The layers that a run trains where it names none: with a guide those that it can lead, else all."""
+def targets_among(names: Iterable[str], wanted: Sequence[str] | None) -> tuple[set[str], list[str]]:
+    """The layers of these names to train, and what of `wanted` matches none.
+
+    Those whose path ends in one of `wanted`, or all for ALL_LINEAR; where nothing is wanted, those that write to the
+    residual stream, or all where none is known to.
+    """
     every = set(names)
-    return {name for name in every if writes_to_residual(name)} or every if guide == "head" else every
+    if not wanted:
+        return {name for name in every if writes_to_residual(name)} or every, []
+    matches = {w: every if w == ALL_LINEAR else {n for n in every if f".{n}".endswith(f".{w}")} for w in wanted}
+    return set().union(*matches.values()), [w for w, found in matches.items() if not found]

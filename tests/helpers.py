@@ -26,6 +26,7 @@ from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.train.data import Batch, Example, collate, micro_batches
 from agzo_edge.train.guard import Guard
 from agzo_edge.train.tokens import TokenRow
+from agzo_edge.writers import ALL_LINEAR
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings
@@ -103,9 +104,14 @@ def tiny_checkpoint(family: str, **changes: Any) -> str:
     return str(save_tiny(getattr(transformers, name)(**{**settings, **changes}), directory))
 
 
+# All layers under full noise, so that a test of the method meets every kind of layer; guides have their own tests.
+EVERY_LAYER = {"target_modules": (ALL_LINEAR,), "guide": "none", "rank": 4, "refresh_every": 25, "learning_rate": 0.1}
+
+
 def run_config(**settings: Any) -> RunConfig:
-    """A run on the CPU with exact-width weights unless `settings` say otherwise."""
-    return config_from({"device": "cpu", "dtype": "float32", "load_in_4bit": False}, settings)
+    """A run on the CPU with exact-width weights of every layer, unless `settings` say otherwise."""
+    around = {"device": "cpu", "dtype": "float32", "load_in_4bit": False}
+    return config_from(around, {} if settings.get("guide") == "head" else EVERY_LAYER, settings)
 
 
 def tiny_model(family: str = "llama", **settings: Any) -> EdgeModel:
@@ -209,3 +215,8 @@ def unlimited(model: EdgeModel, config: RunConfig) -> Guard:
         host_limit_bytes=None,
     )
     return Guard(model, [Rung(config, plan)])
+
+
+def assert_same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []

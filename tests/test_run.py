@@ -19,7 +19,7 @@ import agzo_edge
 from agzo_edge import demo
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import AdapterError, BudgetBrokenError, BudgetError, ConfigError
-from agzo_edge.events import Evaluated, Event, Finished, Moved, Planned, Saved, Stepped
+from agzo_edge.events import Evaluated, Event, Finished, Moved, Planned, Saved, Stepped, WentBack
 from agzo_edge.session import training
 
 STEPS = 9  # three windows of four, the last one open
@@ -107,6 +107,33 @@ def test_a_guided_run_is_replayed_from_its_directory_and_from_one_file(tmp_path:
     file = agzo_edge.export(tmp_path / "run", to="replay", output=tmp_path / "run.safetensors")
     agzo_edge.replay(file, output=tmp_path / "from-file")
     assert adapter_of(tmp_path / "replayed") == adapter_of(tmp_path / "from-file") == adapter_of(tmp_path / "run")
+
+
+RUINOUS = {"learning_rate": 100.0, "undo_every": 2, "refresh_every": 3, "batch_size": 16, "lr_schedule": "constant"}
+
+
+def test_a_run_that_does_harm_goes_back_and_is_replayed_and_resumed_to_the_same_bytes(tmp_path: Path) -> None:
+    held_out = str(demo.DATA_DIR / demo.VALID_NAME)
+    events = trained(tmp_path / "whole", eval_data=held_out, **RUINOUS)
+    went_back = [event for event in events if isinstance(event, WentBack)]
+    assert went_back
+    assert all(event.to_step < event.step for event in went_back)
+    finished = next(event for event in events if isinstance(event, Finished))
+    assert finished.run.report["times_gone_back"] == len(went_back)
+    assert finished.run.after.loss <= finished.run.before.loss
+
+    agzo_edge.replay(tmp_path / "whole", output=tmp_path / "replayed")
+    file = agzo_edge.export(tmp_path / "whole", to="replay", output=tmp_path / "run.safetensors")
+    agzo_edge.replay(file, output=tmp_path / "from-file")
+    assert adapter_of(tmp_path / "replayed") == adapter_of(tmp_path / "from-file") == adapter_of(tmp_path / "whole")
+
+    for last in range(1, 6):
+        out = tmp_path / f"cut-{last}"
+        cut = training(config_of(out, eval_data=held_out, **RUINOUS))
+        next(event for event in cut if isinstance(event, Stepped) and event.timed.record.step == last)
+        cut.close()
+        trained(out, resume=True, eval_data=held_out, **RUINOUS)
+        assert adapter_of(out) == adapter_of(tmp_path / "whole")
 
 
 def test_a_replay_gives_the_same_adapter_without_model_or_data(whole_run: Path, tmp_path: Path) -> None:
@@ -200,7 +227,7 @@ def test_an_adapter_can_be_trained_further(whole_run: Path, tmp_path: Path) -> N
     assert adapter_of(tmp_path / "replayed") == adapter_of(tmp_path / "run")
     first = load_file(whole_run / "adapter_model.safetensors")
     further = load_file(tmp_path / "run" / "adapter_model.safetensors")
-    key = "base_model.model.model.layers.0.mlp.up_proj.lora_"
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora_"
 
     def change(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         return tensors[key + "B.weight"] @ tensors[key + "A.weight"]

@@ -9,7 +9,7 @@ from agzo_edge.budget.block import Block, block_of
 from agzo_edge.budget.headers import QUANT_STATE, Checkpoint, StoredTensor
 from agzo_edge.budget.hub import open_checkpoint
 from agzo_edge.errors import ModelError, numbered
-from agzo_edge.writers import default_targets
+from agzo_edge.writers import targets_among
 
 StoredAs = Literal["dense", "4bit", "4bit-nested", "8bit"]
 
@@ -79,17 +79,13 @@ class ModelFacts:
         """Features of all key heads together."""
         return self.n_kv_heads * self.head_dim
 
-    def targets(self, wanted: Sequence[str] | None, *, guide: str = "none") -> dict[str, tuple[int, int]]:
-        """The layers to train: those whose path ends in one of `wanted`, or a run's own choice when None."""
-        if not wanted:
-            own_choice = default_targets(self.linears, guide=guide)
-            return {name: shape for name, shape in self.linears.items() if name in own_choice}
-        suffixes = tuple(f".{suffix}" for suffix in wanted)
-        chosen = {name: shape for name, shape in self.linears.items() if f".{name}".endswith(suffixes)}
-        if not chosen:
+    def targets(self, wanted: Sequence[str] | None) -> dict[str, tuple[int, int]]:
+        """The layers to train, as `targets_among`. Raises ModelError naming each of `wanted` that matches nothing."""
+        chosen, missing = targets_among(self.linears, wanted)
+        if missing:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in self.linears})
-            raise ModelError(f"{self.source}: no layer matches {', '.join(wanted)}; there are {', '.join(kinds)}")
-        return chosen
+            raise ModelError(f"{self.source}: no layer matches {', '.join(missing)}; there are {', '.join(kinds)}")
+        return {name: shape for name, shape in self.linears.items() if name in chosen}
 
 
 def model_facts(source: str) -> ModelFacts:

@@ -29,6 +29,7 @@ def held_components(job: Job) -> Iterator[Component]:
     yield workspace(job)
     yield accumulated_adapter(job)
     yield window(job)
+    yield best_state(job)
     if job.data.indexed_lines:
         yield line_index(job)
     yield Component("context", job.profile.context_overhead, "device", "libraries, before the first tensor")
@@ -125,6 +126,18 @@ def window(job: Job) -> Component:
     return Component("window", (bases + coefficients) * FLOAT32_BYTES, "device", formula)
 
 
+def best_state(job: Job) -> Component:
+    """The learner's best state, to go back to: folded windows, and the window that was open; in the host's memory."""
+    config = job.config
+    if not config.can_go_back:
+        return Component("best state", 0, "host", "the run does not go back")
+    width = sum(out + inp for out, inp in job.targets.values())
+    of_window = (1 + MOMENTS[config.optimizer]) * sum(out * min(config.rank, i) for out, i in job.targets.values())
+    n_bytes = (width * folded_rank(job) + basis_entries(job) + of_window) * FLOAT32_BYTES
+    formula = f"(out + in) {width:,} x {folded_rank(job)} x 4 B, and a window of rank {config.rank}"
+    return Component("best state", n_bytes, "device" if job.on_cpu else "host", formula)
+
+
 def line_index(job: Job) -> Component:
     """Where the lines of a large data file are, and the order in which they are taken: in the host's memory."""
     line_bytes = INDEX_LINE_BYTES + ORDER_LINE_BYTES
@@ -150,8 +163,8 @@ def disk_components(job: Job) -> Iterator[Component]:
     bases_bytes = job.n_windows * basis_entries(job) * FLOAT32_BYTES
     adapter_rule = f"(out + in) {width:,} x rank {config.adapter_rank} x 4 B"
     yield Component("adapter", adapter_bytes, "disk", adapter_rule)
-    checkpoint_bytes = 3 * adapter_bytes + window(job).n_bytes
-    rule = f"{n_checkpoints} x (adapter + folded windows of twice its rank + window)"
+    checkpoint_bytes = 3 * adapter_bytes + window(job).n_bytes + best_state(job).n_bytes
+    rule = f"{n_checkpoints} x (adapter + folded windows of twice its rank + window + best state)"
     yield Component("checkpoints", n_checkpoints * checkpoint_bytes, "disk", rule)
     yield Component("journal", config.max_steps * line_bytes, "disk", f"{config.max_steps} x {line_bytes} B")
     mapped_bytes = sum(part.n_bytes for part in held_components(job) if part.name in MOVABLE and part.where == "mapped")

@@ -143,7 +143,7 @@ def job_of(facts: ModelFacts, config: RunConfig, profile: Profile, *, data: Data
         facts=facts,
         config=config,
         profile=profile,
-        targets=facts.targets(config.target_modules, guide=config.guide),
+        targets=facts.targets(config.target_modules),
         on_cpu=computes_on_cpu(config, profile),
         dtype=compute_dtype(config, profile),
         data=data,

@@ -53,7 +53,7 @@ def _held(job: Job) -> dict[str, int]:
     facts = job.facts
     weights = [out * inp for out, inp in facts.linears.values()]
     others = facts.embedding_entries + facts.head_entries + facts.other_entries
-    n_adapter = job.config.adapter_rank * sum(out + inp for out, inp in job.targets.values())
+    n_adapter = job.config.adapter_rank * sum(out + inp for out, inp in facts.linears.values())
     return {
         "base": round(sum(weights) * BASE_BITS / 8) + others * job.value_bytes,
         "adapter": n_adapter * (2 * FLOAT32_BYTES + MOMENTS_BYTES),

@@ -42,6 +42,8 @@ def event_object(event: "Event") -> dict[str, Any]:
             return {"event": "mu"} | asdict(probe)
         case events.Moved():
             return {"event": "moved"} | asdict(event)
+        case events.WentBack():
+            return {"event": "went_back"} | asdict(event)
         case events.Evaluated(step=step, metrics=metrics):
             return {"event": "evaluated", "step": step} | metrics_object(metrics)
         case events.Stepped(timed=timed):

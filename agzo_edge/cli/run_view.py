@@ -85,7 +85,7 @@ def _shortened(text: str) -> str:
 
 def event_lines(event: "Event") -> list[Text]:
     """What is said of an event by itself; nothing for those that a table or a curve shows."""
-    from agzo_edge.events import DataReady, ModelReady, Moved, MuChosen, Planned
+    from agzo_edge.events import DataReady, ModelReady, Moved, MuChosen, Planned, WentBack
 
     match event:
         case Planned(plan=plan, machine=machine, changes=changes, notes=notes):
@@ -102,6 +102,9 @@ def event_lines(event: "Event") -> list[Text]:
             return [chosen, fact("", LOST_SIGNAL_ADVICE, "yellow")] if probe.is_lost else [chosen]
         case Moved(step=step, what=what):
             return [fact("memory", f"after step {step}: {what}", "yellow")]
+        case WentBack(step=step, to_step=to_step, learning_rate=rate):
+            line = f"steps {to_step} to {step - 1} had done harm and are taken back"
+            return [fact("undo", f"{line}; the learning rate is now {rate:.2g}" if rate else line, "yellow")]
     return []
 
 

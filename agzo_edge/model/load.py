@@ -22,7 +22,7 @@ from agzo_edge.model.pieces import let_mlps_work_in_pieces
 from agzo_edge.model.runtime import EdgeModel, attach_branches, require_guidable
 from agzo_edge.model.weights import HeldWeight, base_weight_of, is_linear, quantized
 from agzo_edge.model.workspace import Workspace
-from agzo_edge.writers import default_targets
+from agzo_edge.writers import ALL_LINEAR, targets_among
 
 
 def import_libraries() -> None:
@@ -79,7 +79,7 @@ def _replace_layers(
 
     A layer is quantized when its turn comes: the weights still to come are in their files, not in memory.
     """
-    targets = target_names(network, config.target_modules, source=source, guide=config.guide)
+    targets = target_names(network, config.target_modules, source=source)
     head = network.get_output_embeddings()
     place = place_of(device, outside=config.offload == "layers")
     layers = {name: module for name, module in network.named_modules() if is_linear(module)}
@@ -177,25 +177,23 @@ def _refuse_other_quantization(source: str, config: RunConfig) -> None:
             raise ModelError(f"{source}: is quantized by {method}; only bitsandbytes can be read")
 
 
-def target_names(network: Any, wanted: Sequence[str] | None, *, source: str, guide: str = "none") -> set[str]:
-    """The linear layers to train: those whose path ends in one of `wanted`, or a run's own choice of all but the head.
+def target_names(network: Any, wanted: Sequence[str] | None, *, source: str) -> set[str]:
+    """The linear layers to train, as `targets_among` all but the head.
 
     Raises ModelError naming each entry of `wanted` that matches nothing.
     """
     head = network.get_output_embeddings()
     names = [name for name, module in network.named_modules() if is_linear(module) and module is not head]
-    if not wanted:
-        return default_targets(names, guide=guide)
-    matches = {w: {name for name in names if name == w or name.endswith(f".{w}")} for w in wanted}
-    if missing := [w for w, found in matches.items() if not found]:
+    chosen, missing = targets_among(names, wanted)
+    if missing:
         kinds = sorted({re.sub(r".*\.", "", name) for name in names})
         raise ModelError(f"{source}: no linear layer matches {', '.join(missing)}; there are {', '.join(kinds)}")
-    return set().union(*matches.values())
+    return chosen
 
 
 def _refuse_fused_experts(network: nn.Module, source: str, config: RunConfig) -> None:
     """Raise ModelError for weights with three dimensions: experts fused into one tensor have no side-branch."""
-    if config.target_modules:
+    if config.target_modules and ALL_LINEAR not in config.target_modules:
         return
     faults = [
         f"{name} {tuple(parameter.shape)}"

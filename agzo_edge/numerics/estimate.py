@@ -29,6 +29,20 @@ def mean_square(projected: Tensor) -> float:
     return float(projected.double().square().mean())
 
 
+def standard_errors_above(losses: Tensor, reference: Tensor) -> float:  # both (examples,)
+    """By how many standard errors of their mean difference the same examples' losses lie above the reference's.
+
+    Paired, so that what differs between examples drops out; 0 where all differ by nothing.
+    """
+    differences = (losses - reference).double()
+    n_examples = differences.shape[0]
+    mean = float(differences.mean())
+    error = float(differences.std()) / math.sqrt(n_examples) if n_examples > 1 else 0.0
+    if error > 0:
+        return mean / error
+    return math.copysign(math.inf, mean) if mean else 0.0
+
+
 class Spread:
     """A running root mean square of the projected gradients: the v of the normalised step.
 

@@ -2,7 +2,7 @@
 
 Each window's bases and scales once, and for each step its number, learning rate, projected gradients and
 their weights; the noise is drawn again from the seed in the header. The header is the journal's, as the bytes
-of its JSON. All of it is under one checksum (tensors.py).
+of its JSON; so is where the run went back, by the step's number. All of it is under one checksum (tensors.py).
 """
 
 import json
@@ -22,6 +22,8 @@ from agzo_edge.record.strict_json import strict_object
 from agzo_edge.record.tensors import checked_bytes, read_checked
 
 HEADER_NAME = "header"
+COURSE_NAME = "course"
+COURSE_FIELDS = ("watched", "went_back_to", "ended_at")  # of few records
 _START = "start."
 _WINDOW = "window."  # then the step that opened it, and the tensor's name in its file
 _WINDOW_TENSOR = re.compile(r"scales|(basis|guide)\.\d+")
@@ -32,7 +34,7 @@ class ReplayFile:
     """What the file holds."""
 
     header: Mapping[str, Any]  # the journal's
-    records: Sequence[Mapping[str, Any]]  # step, learning_rate, projected, weights
+    records: Sequence[Mapping[str, Any]]  # step, learning_rate, projected, weights, and few with COURSE_FIELDS
     windows: Mapping[int, WindowBases]  # by the step that opened them
     start: Mapping[str, Tensor]  # the learner's state at step 0, of a run that began with an adapter
 
@@ -49,7 +51,9 @@ def save_replay(path: Path, run: ReplayFile) -> int:
     for step, window in run.windows.items():
         tensors |= {f"{_WINDOW}{step}.{name}": tensor for name, tensor in window.tensors().items()}
     tensors |= {_START + name: tensor.contiguous() for name, tensor in run.start.items()}
-    tensors[HEADER_NAME] = torch.frombuffer(bytearray(json.dumps(dict(run.header)).encode()), dtype=torch.uint8)
+    course = {str(r["step"]): {name: r[name] for name in COURSE_FIELDS if name in r} for r in records}
+    tensors[COURSE_NAME] = _as_bytes({step: fields for step, fields in course.items() if fields})
+    tensors[HEADER_NAME] = _as_bytes(run.header)
     data = checked_bytes(tensors)
     atomic_write_bytes(path, data)
     return len(data)
@@ -59,9 +63,10 @@ def load_replay(path: Path) -> ReplayFile:
     """The run in the file at `path`. Raises AdapterError when it is no such file, or is damaged."""
     tensors = read_checked(path)
     try:
-        header = strict_object(tensors[HEADER_NAME].numpy().tobytes())
+        header, course = (strict_object(tensors[name].numpy().tobytes()) for name in (HEADER_NAME, COURSE_NAME))
         records = [
             {"step": step, "learning_rate": rate, "projected": projected, "weights": weights}
+            | course.get(str(step), {})
             for step, rate, projected, weights in zip(
                 *(tensors[name].tolist() for name in ("step", "learning_rate", "projected", "weights")), strict=True
             )
@@ -72,6 +77,11 @@ def load_replay(path: Path) -> ReplayFile:
         raise AdapterError(f"{path}: cannot be read: {error}") from None
     start = {name.removeprefix(_START): tensor for name, tensor in tensors.items() if name.startswith(_START)}
     return ReplayFile(header, records, _windows(tensors, path), start)
+
+
+def _as_bytes(fields: Mapping[str, Any]) -> Tensor:
+    """JSON in a tensor."""
+    return torch.frombuffer(bytearray(json.dumps(dict(fields)).encode()), dtype=torch.uint8)
 
 
 def _windows(tensors: Mapping[str, Tensor], path: Path) -> dict[int, WindowBases]:

@@ -19,6 +19,9 @@ from agzo_edge.numerics.noise import rounding_bits
 from agzo_edge.numerics.update import N_MOMENTS, direction_, reprojected, scheduled_rate
 from agzo_edge.record.bases import WindowBases
 
+RATE_AFTER_UNDO = 1 / 3  # about half a decade: the next try is a clearly different one
+_BEST = "best."  # before the names of a state's tensors that belong to the best one so far
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -35,6 +38,10 @@ class Learner:
         self.branches = list(branches)
         self.config = config
         self.spread = Spread()
+        self.rate_factor = 1.0  # of the scheduled rate; smaller after steps were taken back
+        self.watched: tuple[float, ...] = ()  # the watched examples' losses in the best state so far
+        self.best_step = 0  # the steps of which that state is the result
+        self._best: dict[str, Tensor] = {}  # and itself, as `_present` gives it, on the CPU
         self._old_bases: dict[int, Tensor] = {}
 
     def window_starts(self, step: int) -> bool:
@@ -85,15 +92,35 @@ class Learner:
         )
 
     def learning_rate(self, step: int) -> float:
-        """The scheduled learning rate at `step`."""
+        """The scheduled learning rate at `step`, less what was lost by going back."""
         config = self.config
-        return scheduled_rate(
+        return self.rate_factor * scheduled_rate(
             step,
             peak=config.learning_rate,
             schedule=config.lr_schedule,
             warmup_steps=config.warmup_steps,
             max_steps=config.max_steps,
         )
+
+    def watch(self, losses: Sequence[float], *, step: int) -> None:
+        """Remember the state before `step` if no earlier one was as good on the watched examples."""
+        if not self.watched or sum(losses) <= sum(self.watched):
+            self.watched, self.best_step = tuple(losses), step
+            self._best = {name: tensor.cpu() for name, tensor in self._present().items()}
+
+    def go_back(self) -> int:
+        """Be again in the best state so far, bit for bit, to go on with a smaller rate; the steps that it has seen.
+
+        Raises ValueError when no state was remembered.
+
+        Source: DESIGN section 2, the exact undo. The state is kept rather than replayed: it is small, and the base
+        is never written to.
+        """
+        if not self._best:
+            raise ValueError("there is no state to go back to")
+        self._restore_present(self._best)
+        self.rate_factor *= RATE_AFTER_UNDO
+        return self.best_step
 
     def apply(self, step: int, measured: Measurement, *, learning_rate: float, move: bool = True) -> None:
         """Move every branch's coefficients: C ← C − lr · s · direction(sum_b w_b g_b R_b / v).
@@ -141,7 +168,26 @@ class Learner:
         return {branch.name: branch.result(self.config.adapter_rank) for branch in self.branches}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, as tensors by name; `restore` takes it back bit for bit."""
+        """Everything that the next steps depend on, as tensors by name; `restore` takes it back bit for bit."""
+        tensors = self._present() | {
+            "rate_factor": torch.tensor([self.rate_factor], dtype=torch.float64),
+            "best_step": torch.tensor([self.best_step]),
+            "watched": torch.tensor(self.watched, dtype=torch.float64),
+        }
+        return tensors | {f"{_BEST}{name}": tensor for name, tensor in self._best.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go back to a `state`. Raises KeyError or ValueError when it is that of other layers."""
+        best = {name.removeprefix(_BEST): tensor for name, tensor in tensors.items() if name.startswith(_BEST)}
+        if best:
+            self._restore_present(best)  # first: what does not fit the layers is refused now, not when it is needed
+        self._restore_present(tensors)
+        (self.rate_factor,), (self.best_step,) = tensors["rate_factor"].tolist(), tensors["best_step"].tolist()
+        self.watched = tuple(tensors["watched"].tolist())
+        self._best = best
+
+    def _present(self) -> dict[str, Tensor]:
+        """What has been learned and the update rule's memory, as tensors by name."""
         tensors = {
             "spread": torch.tensor([self.spread.total, float(self.spread.steps)], dtype=torch.float64),
             "scales": torch.tensor([b.scale for b in self.branches], dtype=torch.float64),
@@ -152,8 +198,8 @@ class Learner:
             tensors |= {f"{name}.{branch.index}": tensor for name, tensor in _tensors_of(branch).items()}
         return tensors
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to a `state`. Raises KeyError or ValueError when it is that of other layers."""
+    def _restore_present(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `_present` gave. Raises KeyError or ValueError when it is that of other layers."""
         total, steps = tensors["spread"].tolist()
         self.spread = Spread(total=total, steps=int(steps))
         scales, steps_in_window = tensors["scales"].tolist(), tensors["steps_in_window"].tolist()

@@ -1,10 +1,13 @@
 """The training loop: it yields records and decides nothing about them."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+
+import torch
 
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, NonFiniteLossError
@@ -16,6 +19,7 @@ from agzo_edge.train.objective import Goal, loss_of
 from agzo_edge.train.order import chosen_examples
 from agzo_edge.train.probe import MuProbe, probe_mu
 from agzo_edge.train.step import StepRecord, agzo_step, begin_window, find_window, measure
+from agzo_edge.train.undo import is_due, is_harm, is_lost, watched_examples
 
 REHEARSAL_MU = 1e-3  # any size: only the memory of the passes is looked at
 
@@ -40,17 +44,56 @@ def run_steps(
     mu: float,
     goal: Goal | None = None,  # the objective with its settings; may be left out where it has none
     first_step: int = 0,
+    last_loss: float = -math.inf,  # of the step before it
 ) -> Iterator[TimedStep]:
     """Train, one step for each record that is asked for; stop asking, and training stops.
 
-    The examples of a step depend on the seed and the step's number alone. Raises BudgetBrokenError when a step,
-    or the one before it, did not stay within the limit however small its pieces.
+    The examples of a step depend on the seed and the step's number alone. Where the run has done harm it goes back
+    to its best state before the step. Raises NonFiniteLossError when that does not help either, and BudgetBrokenError
+    when a step, or the one before it, did not stay within the limit however small its pieces.
     """
+
+    def look() -> tuple[float, ...]:
+        return guard.run(partial(watched_losses, model, data, goal=goal))
+
     for step in range(first_step, guard.config.max_steps):
         start_s = time.perf_counter()
-        record, tokens = guard.run(partial(_step, model, learner, data, step=step, mu=mu, goal=goal))
+        watched, went_back_to = None, None
+        if is_due(step, guard.config) or is_lost(last_loss, learner.watched):
+            watched = look()
+            if not learner.watched and not all(map(math.isfinite, watched)):
+                bad = [
+                    e.place for e, loss in zip(watched_examples(data), watched, strict=True) if not math.isfinite(loss)
+                ]
+                raise NonFiniteLossError(f"the model's own loss is not finite on {', '.join(bad[:5])}: leave them out")
+            if is_harm(watched, learner.watched):
+                watched, went_back_to = None, learner.go_back()
+            else:
+                learner.watch(watched, step=step)
+        work = partial(_step, model, learner, data, step=step, mu=mu, goal=goal)
+        try:
+            record, tokens = guard.run(work)
+        except NonFiniteLossError:
+            if went_back_to is not None or learner.watched in ((), watched):  # there is nowhere else to go back to
+                raise
+            watched, went_back_to = None, learner.go_back()
+            record, tokens = guard.run(work)
         guard.has_begun = True
+        last_loss = record.loss
+        ended_at = None
+        if learner.watched and step == guard.config.max_steps - 1 and is_harm(look(), learner.watched, last=True):
+            ended_at = learner.go_back()
+        record = replace(record, watched=watched, went_back_to=went_back_to, ended_at=ended_at)
         yield TimedStep(record, time.perf_counter() - start_s, tokens, guard.peak_bytes, guard.take_moves())
+
+
+def watched_losses(
+    model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal | None = None
+) -> tuple[float, ...]:
+    """The loss of each watched example, as the model is now."""
+    batches = _micro_batches(model, watched_examples(data), config=config)
+    parts = [loss_of(model, batch.to(model.device), objective=goal or config.objective)[0] for batch in batches]
+    return tuple(torch.cat(parts).tolist())
 
 
 def _step(

@@ -32,6 +32,10 @@ def replay(
         )
     for record in records:
         step = int(record["step"])
+        if record.get("went_back_to") is not None:
+            learner.go_back()
+        elif record.get("watched"):
+            learner.watch([float(loss) for loss in record["watched"]], step=step)
         if learner.window_starts(step):
             learner.close_window(step)
             take_bases(learner, bases_of(step))
@@ -41,6 +45,8 @@ def replay(
             torch.tensor(record["weights"], dtype=torch.float32),
         )
         learner.apply(step, measured, learning_rate=float(record["learning_rate"]), move=step not in skip)
+        if record.get("ended_at") is not None:
+            learner.go_back()
 
 
 def take_bases(learner: Learner, window: WindowBases) -> None:

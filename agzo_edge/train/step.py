@@ -31,6 +31,9 @@ class StepRecord:
     weights: tuple[float, ...]  # w, likewise
     label_tokens: int
     left_out: float | None = None  # energy lost to compression, in a step that opened a window
+    watched: tuple[float, ...] | None = None  # losses of the watched examples, where they were looked at before it
+    went_back_to: int | None = None  # the steps of the best state so far, where the run went back to it before this one
+    ended_at: int | None = None  # likewise, where it went back after this one, its last
 
 
 def agzo_step(

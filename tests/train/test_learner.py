@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import run_config
+from helpers import assert_same_bytes, run_config
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -36,11 +36,6 @@ def run(learner: Learner, steps: range) -> None:
                 group.basis = torch.linalg.qr(torch.randn(group.in_features, 2, generator=generator)).Q
             learner.open_window()
         learner.apply(step, measured(step), learning_rate=learner.learning_rate(step))
-
-
-def assert_same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 def test_windows_start_every_so_many_steps_or_once() -> None:

@@ -1,0 +1,49 @@
+"""Seeing that a run does harm: a rate that is too large shall cost some steps, and not the run.
+
+Now and then a few training examples are scored in a plain pass, the same ones each time: what differs between
+examples drops out, and a small rise is seen for what it is. The learner keeps the best state and goes back to it.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+
+import numpy as np
+import torch
+
+from agzo_edge.config import RunConfig
+from agzo_edge.numerics.estimate import standard_errors_above
+from agzo_edge.train.data import Example, ExampleSet
+
+WATCHED_EXAMPLES = 32  # in a plain pass as much as the two signs of 16
+USUAL_BATCH = 16  # where fewer make a step, looks are rarer: they take the same share of a run
+HARM_ERRORS = 2.0  # standard errors above the best state: one look in 44 by chance, were nothing learned or lost
+LOST_DEVIATIONS = 2.0  # of single examples above the best state's mean: where a batch hardly lies by chance
+
+
+def is_due(step: int, config: RunConfig) -> bool:
+    """Whether the watched examples are scored before `step`."""
+    return config.can_go_back and step % (config.undo_every * -(-USUAL_BATCH // config.batch_size)) == 0
+
+
+def watched_examples(data: ExampleSet) -> list[Example]:
+    """The examples to watch, evenly spread over the data."""
+    places = np.linspace(0, len(data.examples) - 1, num=min(WATCHED_EXAMPLES, len(data.examples)))
+    return [data.examples[int(place)] for place in places]
+
+
+def is_harm(losses: Sequence[float], best: Sequence[float], *, last: bool = False) -> bool:
+    """Whether the watched examples' losses lie above those of the best state by more than chance.
+
+    After the last step by anything: what has not paid by then is not kept.
+    """
+    if not best:
+        return False
+    if not all(map(math.isfinite, losses)):
+        return True
+    return standard_errors_above(torch.tensor(losses), torch.tensor(best)) > (0.0 if last else HARM_ERRORS)
+
+
+def is_lost(loss: float, best: Sequence[float]) -> bool:
+    """Whether one step's loss alone asks for a look at the watched examples."""
+    return len(best) > 1 and loss > fmean(best) + LOST_DEVIATIONS * pstdev(best)

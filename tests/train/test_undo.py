@@ -1,0 +1,109 @@
+"""Seeing harm and going back: the criteria, and the learner's exact return."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same_bytes, run_config, tiny_micro_batches, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agzo_edge.train.learner import RATE_AFTER_UNDO, Learner
+from agzo_edge.train.step import agzo_step
+from agzo_edge.train.undo import is_due, is_harm, is_lost
+
+losses = st.lists(st.floats(0.0, 50.0), min_size=2, max_size=32)
+
+
+@given(losses=losses, rise=st.floats(0.1, 5.0))
+def test_a_rise_of_all_is_harm_and_a_fall_of_all_is_none(losses: list[float], rise: float) -> None:
+    higher = [loss + rise for loss in losses]
+    assert is_harm(higher, losses)
+    assert not is_harm(losses, higher)
+    assert not is_harm(losses, losses, last=True)
+
+
+def test_a_rise_within_chance_is_no_harm_but_at_the_last_look() -> None:
+    best = [1.0, 2.0, 3.0, 4.0]
+    wavering = [2.0, 1.2, 4.0, 3.2]  # differences 1, -0.8, 1, -0.8: a mean of 0.1 with an error of 0.52
+    assert not is_harm(wavering, best)
+    assert is_harm(wavering, best, last=True)
+    assert is_harm([1.0, math.nan, 3.0, 4.0], best)
+    assert not is_harm([9.0, 9.0], []), "there is nothing to compare with yet"
+
+
+def test_a_single_example_that_got_worse_is_harm() -> None:
+    assert is_harm([1.5], [1.0])
+    assert not is_harm([1.0], [1.0])
+
+
+def test_a_batch_far_above_the_best_state_asks_for_a_look() -> None:
+    best = [1.0, 2.0, 3.0]  # mean 2, deviation 0.82
+    assert is_lost(3.7, best)
+    assert not is_lost(3.6, best)
+    assert not is_lost(1e9, []), "nothing was looked at yet"
+
+
+@pytest.mark.parametrize(
+    ("settings", "due"),
+    [
+        ({}, [0, 25, 50]),
+        ({"batch_size": 4}, [0]),
+        ({"batch_size": 8}, [0, 50]),
+        ({"batch_size": 64}, [0, 25, 50]),
+        ({"undo_every": 0}, []),
+        ({"target": "dequantized"}, []),
+        ({"objective": "reward", "reward": "length"}, []),
+    ],
+)
+def test_looks_take_the_same_share_of_a_run_whatever_the_batch(settings: dict[str, Any], due: list[int]) -> None:
+    config = run_config(max_steps=60, **settings)
+    assert [step for step in range(60) if is_due(step, config)] == due
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"optimizer": "momentum"}, {"refresh_every": 0}, {"guide": "head", "refresh_every": 2}]
+)
+def test_going_back_is_exact_and_survives_a_checkpoint(settings: dict[str, Any]) -> None:
+    config = run_config(**{"refresh_every": 3, "adapter_rank": 4} | settings)
+    model = tiny_model(**{"refresh_every": 3, "adapter_rank": 4} | settings)
+    learner = Learner(model.branches, config)
+
+    def take(steps: range) -> None:
+        for step in steps:
+            agzo_step(model, tiny_micro_batches(4, 4, seed=step), learner, step=step, mu=0.01, config=config)
+
+    def present() -> dict[str, torch.Tensor]:
+        state = {name: tensor for name, tensor in learner.state().items() if not name.startswith("best")}
+        del state["rate_factor"]
+        return {name: tensor.clone() for name, tensor in state.items()}
+
+    take(range(4))
+    learner.watch([1.0, 2.0], step=4)
+    then = present()
+    take(range(4, 9))
+    learner.watch([1.5, 2.0], step=9)  # worse: the earlier state stays the best
+    checkpoint = {name: tensor.clone() for name, tensor in learner.state().items()}
+    assert learner.go_back() == 4
+    assert_same_bytes(present(), then)
+    assert learner.rate_factor == RATE_AFTER_UNDO
+    take(range(9, 12))
+    learner.restore(checkpoint)
+    assert learner.go_back() == 4
+    assert_same_bytes(present(), then)
+
+
+def test_there_must_be_a_state_to_go_back_to() -> None:
+    learner = Learner(tiny_model().branches, run_config())
+    with pytest.raises(ValueError, match="no state"):
+        learner.go_back()
+
+
+def test_going_back_makes_the_rate_smaller_for_good() -> None:
+    config = run_config(learning_rate=0.9, lr_schedule="constant")
+    learner = Learner(tiny_model().branches, config)
+    learner.watch([1.0], step=0)
+    learner.go_back()
+    learner.go_back()
+    assert learner.learning_rate(7) == pytest.approx(0.1)
