@@ -74,7 +74,7 @@ class AgzoConfig(BaseModel):
     )
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero.")
     undo_every: int = Field(
-        25,
+        50,
         ge=0,
         description="Steps between looks at whether the run got worse: it then goes back to its best state, and on "
         "with a third of the rate; 0 never looks.",
@@ -211,7 +211,12 @@ _PAPER = {
     "undo_every": 0,
 }
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": _PAPER}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "fast": {"max_steps": 150, "learning_rate": 0.3},
+    "careful": {"max_steps": 1500, "learning_rate": 0.05, "undo_every": 25},
+    "paper": _PAPER,
+}
 
 
 def config_from(*sources: Mapping[str, Any], preset: str = "default") -> RunConfig:

@@ -1,21 +1,21 @@
 """The methods of the learning benchmark, each with the forward passes that one of its steps takes.
 
-    mezo         MeZO on the weights of the same layers, central difference
+    mezo         MeZO on the weights of all linear layers, central difference
     lozo         LOZO, rank 2, the other factor kept for 50 steps, central difference
     paper        `--preset paper`: AGZO's Algorithm 1
     zo-act       a basis fixed at the start, one shared direction, central difference, Adam on C
-    default      `--preset default`, at its own learning rate unless one is given
+    default      `--preset default`, at its own learning rate unless one is given: layers that write to the residual
+                 stream, guided at the head; a window's guide counts as a step: its plain pass as one forward, its way
+                 back through norm and head as another
     forward      the same with forward differences
-    rank-1       the same with one direction in each basis
-    writers      the same on the layers that `head` trains (their names in Llama and Qwen), without a guide
-    head         the same with `--guide head`, windows of ten steps; a window's guide counts as a step: its plain
-                 pass as one forward, its way back through norm and head as another
     exact        the same with exact derivatives (the tangent counts as the second forward)
-    first-order  LoRA of the adapter's rank by back-propagation: peft, AdamW
+    no-guide     the same without a guide: nothing but losses is seen
+    all-layers   the same without a guide on all linear layers
+    first-order  LoRA of the adapter's rank on all linear layers by back-propagation: peft, AdamW
 
-All see the same examples in the same order, train the same layers and follow the same course of the learning
-rate, linear to zero, but for `paper`, which is as published. MeZO, LOZO and first-order need dense weights: of a
-quantized base they get a float32 copy of what it stands for.
+All see the same examples in the same order and follow the same course of the learning rate, linear to zero, but for
+`paper`, which is as published. MeZO, LOZO and first-order need dense weights: of a quantized base they get a float32
+copy of what it stands for. The undo of a whole run is no part of this: its looks would take one forward in 25.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,10 +42,14 @@ BASES: Mapping[str, Mapping[str, Any]] = {
     "8bit": {"load_in_8bit": True},
     "4bit": {"load_in_4bit": True},
 }
-ZO_ACT = {
+ALL_LAYERS = {"target_modules": ("all-linear",), "guide": "none"}
+ZO_ACT = ALL_LAYERS | {
     "rank": 4, "refresh_every": 0, "directions": "shared", "noise": "gaussian", "difference": "central",
     "normalize": False, "clip": 0.0, "optimizer": "adam",
 }  # fmt: skip
+
+
+GUIDE_FORWARDS = 2  # in each guided window, beside the steps' own
 
 
 @dataclass(frozen=True)
@@ -56,21 +60,20 @@ class Method:
     settings: Mapping[str, Any]  # and what differs
     rates: Sequence[float]  # a decade apart; the sweep adds the half decades around the best
     forwards: int = 2  # in a step; a backward pass is counted as two forwards
-    window_forwards: int = 0  # beside the steps' own, in each window
 
 
+OURS = (1e-2, 1e-1, 1.0, 10.0)
 METHODS: Mapping[str, Method] = {
-    "mezo": Method("default", {}, (1e-5, 1e-4, 1e-3, 1e-2)),
-    "lozo": Method("default", {}, (1e-5, 1e-4, 1e-3, 1e-2)),
+    "mezo": Method("default", ALL_LAYERS, (1e-5, 1e-4, 1e-3, 1e-2)),
+    "lozo": Method("default", ALL_LAYERS, (1e-5, 1e-4, 1e-3, 1e-2)),
     "paper": Method("paper", {}, (1e-4, 1e-3, 1e-2, 1e-1)),
     "zo-act": Method("default", ZO_ACT, (1e-4, 1e-3, 1e-2, 1e-1)),
-    "default": Method("default", {}, (1e-2, 1e-1, 1.0, 10.0)),
-    "forward": Method("default", {"difference": "forward"}, (1e-2, 1e-1, 1.0, 10.0)),
-    "rank-1": Method("default", {"rank": 1}, (1e-2, 1e-1, 1.0, 10.0)),
-    "writers": Method("default", {"target_modules": ("o_proj", "down_proj")}, (1e-2, 1e-1, 1.0, 10.0)),
-    "head": Method("default", {"guide": "head", "refresh_every": 10}, (1e-2, 1e-1, 1.0, 10.0), window_forwards=2),
-    "exact": Method("default", {"difference": "exact"}, (1e-2, 1e-1, 1.0, 10.0)),
-    "first-order": Method("default", {}, (1e-4, 1e-3, 1e-2, 1e-1), forwards=3),
+    "default": Method("default", {}, OURS),
+    "forward": Method("default", {"difference": "forward"}, OURS),
+    "exact": Method("default", {"difference": "exact"}, OURS),
+    "no-guide": Method("default", {"guide": "none"}, OURS),
+    "all-layers": Method("default", ALL_LAYERS, OURS),
+    "first-order": Method("default", ALL_LAYERS, (1e-4, 1e-3, 1e-2, 1e-1), forwards=3),
 }
 
 
@@ -88,25 +91,33 @@ class Setup:
     batch_size: int
 
     def forwards_after(self, steps: int) -> int:
-        """The forward passes of 16 examples that so many steps of the method take, its windows' own included."""
-        method = METHODS[self.method]
-        every = method.settings.get("refresh_every", steps) or steps
-        return method.forwards * steps + method.window_forwards * -(-steps // max(1, every))
+        """The forward passes of 16 examples that so many steps of the method take, its guides' included."""
+        config = self._config()
+        every = config.refresh_every or steps
+        guides = -(-steps // max(1, every)) if config.guide == "head" and self.is_ours else 0
+        return METHODS[self.method].forwards * steps + GUIDE_FORWARDS * guides
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether agzo-edge's own step is taken."""
+        return self.method not in ("mezo", "lozo", "first-order")
 
     @property
     def steps_within_forwards(self) -> int:
-        """`steps`, or as many as take no more forward passes where the method's windows take some as well."""
+        """`steps`, or as many as take no more forward passes where guides take some as well."""
         forwards = METHODS[self.method].forwards * self.steps
         return next(steps for steps in range(self.steps, 0, -1) if self.forwards_after(steps) <= forwards)
 
     def config(self) -> RunConfig:
         """The run's settings; MeZO, LOZO and first-order take the data order, layers and schedule from them."""
+        return self._config().model_copy(update={"max_steps": self.steps_within_forwards})
+
+    def _config(self) -> RunConfig:
         method = METHODS[self.method]
         around = {
             "device": "cpu",
             "dtype": "float32",
             "objective": self.objective,
-            "max_steps": self.steps_within_forwards,
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
@@ -135,7 +146,7 @@ def loaded(setup: Setup) -> EdgeModel:
     """The model as the method needs it: as it is stored, or dense in float32 with the stored values."""
     config = setup.config()
     model = load_model(str(setup.source), config)
-    if setup.method not in ("mezo", "lozo", "first-order") or setup.base == "float32":
+    if setup.is_ours or setup.base == "float32":
         return model
     dense = load_model(str(setup.source), config.model_copy(update={"load_in_4bit": False, "load_in_8bit": False}))
     for name, layer in dense.layers.items():

@@ -41,10 +41,11 @@ def one_run(
             "objective": TASKS[task].objective,
             "max_seq_length": TASKS[task].longest_tokens,
             "overlong": "drop",
-            "max_steps": arguments.steps,
             "seed": arguments.seed,
             "learning_rate": factor * config_from(preset=preset).learning_rate,
-        } | ({} if undo else {"undo_every": 0})
+        }
+        settings |= {"max_steps": arguments.steps} if arguments.steps else {}
+        settings |= {} if undo else {"undo_every": 0}
         losses, times_gone_back, ended = [], 0, "finished"
         try:
             for event in training(config_from(settings, preset=preset)):
@@ -75,7 +76,7 @@ def main() -> None:
         "--presets", nargs="+", choices=list(PRESETS), default=[name for name in PRESETS if name != "paper"]
     )
     parser.add_argument("--factors", nargs="+", type=float, default=list(FACTORS))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=150, help="0 for each preset's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without", action=argparse.BooleanOptionalAction, default=True, help="also without the undo")
     arguments = parser.parse_args()

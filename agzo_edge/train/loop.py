@@ -19,7 +19,7 @@ from agzo_edge.train.objective import Goal, loss_of
 from agzo_edge.train.order import chosen_examples
 from agzo_edge.train.probe import MuProbe, probe_mu
 from agzo_edge.train.step import StepRecord, agzo_step, begin_window, find_window, measure
-from agzo_edge.train.undo import is_due, is_harm, is_lost, watched_examples
+from agzo_edge.train.undo import is_due, is_harm, is_lost, require_sound_start, watched_examples
 
 REHEARSAL_MU = 1e-3  # any size: only the memory of the passes is looked at
 
@@ -54,18 +54,16 @@ def run_steps(
     """
 
     def look() -> tuple[float, ...]:
-        return guard.run(partial(watched_losses, model, data, goal=goal))
+        losses = guard.run(partial(watched_losses, model, data, goal=goal))
+        if not learner.watched:
+            require_sound_start(data, losses)
+        return losses
 
     for step in range(first_step, guard.config.max_steps):
         start_s = time.perf_counter()
         watched, went_back_to = None, None
         if is_due(step, guard.config) or is_lost(last_loss, learner.watched):
             watched = look()
-            if not learner.watched and not all(map(math.isfinite, watched)):
-                bad = [
-                    e.place for e, loss in zip(watched_examples(data), watched, strict=True) if not math.isfinite(loss)
-                ]
-                raise NonFiniteLossError(f"the model's own loss is not finite on {', '.join(bad[:5])}: leave them out")
             if is_harm(watched, learner.watched):
                 watched, went_back_to = None, learner.go_back()
             else:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from agzo_edge.config import RunConfig
+from agzo_edge.errors import NonFiniteLossError
 from agzo_edge.numerics.estimate import standard_errors_above
 from agzo_edge.train.data import Example, ExampleSet
 
-WATCHED_EXAMPLES = 32  # in a plain pass as much as the two signs of 16
+WATCHED_EXAMPLES = 64  # in a plain pass as much as two steps of 16: one part in 25 of a run that looks every 50
 USUAL_BATCH = 16  # where fewer make a step, looks are rarer: they take the same share of a run
 HARM_ERRORS = 2.0  # standard errors above the best state: one look in 44 by chance, were nothing learned or lost
 LOST_DEVIATIONS = 2.0  # of single examples above the best state's mean: where a batch hardly lies by chance
@@ -47,3 +48,13 @@ def is_harm(losses: Sequence[float], best: Sequence[float], *, last: bool = Fals
 def is_lost(loss: float, best: Sequence[float]) -> bool:
     """Whether one step's loss alone asks for a look at the watched examples."""
     return len(best) > 1 and loss > fmean(best) + LOST_DEVIATIONS * pstdev(best)
+
+
+def require_sound_start(data: ExampleSet, losses: Sequence[float]) -> None:
+    """Raise NonFiniteLossError naming the watched examples on which the model itself has no finite loss."""
+    pairs = zip(watched_examples(data), losses, strict=True)
+    if bad := [example.place for example, loss in pairs if not math.isfinite(loss)]:
+        raise NonFiniteLossError(
+            f"the model's own loss, before training, is not finite on {', '.join(bad[:5])}: leave these rows out, or "
+            f"try --dtype float32"
+        )

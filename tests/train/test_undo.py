@@ -48,18 +48,18 @@ def test_a_batch_far_above_the_best_state_asks_for_a_look() -> None:
 @pytest.mark.parametrize(
     ("settings", "due"),
     [
-        ({}, [0, 25, 50]),
+        ({}, [0, 50, 100]),
         ({"batch_size": 4}, [0]),
-        ({"batch_size": 8}, [0, 50]),
-        ({"batch_size": 64}, [0, 25, 50]),
+        ({"batch_size": 8}, [0, 100]),
+        ({"batch_size": 64}, [0, 50, 100]),
         ({"undo_every": 0}, []),
         ({"target": "dequantized"}, []),
         ({"objective": "reward", "reward": "length"}, []),
     ],
 )
 def test_looks_take_the_same_share_of_a_run_whatever_the_batch(settings: dict[str, Any], due: list[int]) -> None:
-    config = run_config(max_steps=60, **settings)
-    assert [step for step in range(60) if is_due(step, config)] == due
+    config = run_config(max_steps=120, **settings)
+    assert [step for step in range(120) if is_due(step, config)] == due
 
 
 @pytest.mark.parametrize(
