@@ -2,16 +2,18 @@
 
     OMP_NUM_THREADS=1 python benchmarks/alignment.py [--quick] [--models DIR ...] [--text FILE] [--output FILE]
 
-The true gradient is back-propagation's, in float32, over the weights of the layers that AGZO adapts, of the
-mean loss per token of 16 rows of real text. Each draw is a step's estimate from fresh noise and two forwards
-of the rows it sees; its score is the cosine with the true gradient. Draws are spread over several batches.
+The true gradient is back-propagation's, in float32, over the weights of all linear layers but the head, of the
+mean loss per token of 16 rows of real text; what a form leaves alone counts against it. Each draw is a step's
+estimate from fresh noise and two forwards of the rows it sees; its score is the cosine with the true gradient. Draws are spread over several batches.
 
     mezo      one Gaussian direction over the same weights, central difference, eps = 1e-3
     paper     `--preset paper`: one shared Gaussian direction inside rank-1 bases, K = 3, forward difference
     plain     ours with relative = False: a direction of signs for each example, central difference; this
               estimates the gradient itself
-    default   ours as it ships: relative perturbations, each layer's estimate multiplied by the square of its
-              scale. It is the step that is taken, and a preconditioned gradient on purpose
+    relative  the same with relative perturbations, each layer's estimate multiplied by the square of its scale: a
+              preconditioned gradient on purpose
+    default   ours as it ships: relative, on the layers that write to the residual stream, guided at the head. A
+              window's guide is made of these rows and serves five steps; its forwards are not counted here
 
 `examples` is how many of the 16 rows the step sees, each with a direction of its own; with fewer, `own` is the
 cosine with the gradient of those rows. `cosine` is always with that of all 16. `share` is the part of the true
@@ -40,16 +42,16 @@ from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.basis import starting_basis
 from agzo_edge.numerics.estimate import gradient_estimate
-from agzo_edge.numerics.noise import draw_noise
 from agzo_edge.train.data import Batch, Example, collate, pad_id_of
 from agzo_edge.train.objective import loss_of
 from agzo_edge.train.probe import probe_mu
-from agzo_edge.train.step import find_bases, measure
+from agzo_edge.train.step import find_window, measure
 from agzo_edge.train.tokens import TokenRow
 
 MODELS = ("tiny-novels", "stories260K")
 BATCH_EXAMPLES = 16
 PLAIN_MU = 1e-3  # the paper's; absolute, so a model of another size may want another
+ALL_LAYERS = {"target_modules": ("all-linear",), "guide": "none"}
 DENSE = {"device": "cpu", "dtype": "float32", "load_in_4bit": False, "batch_size": BATCH_EXAMPLES}
 
 
@@ -90,18 +92,19 @@ class Agzo:
     """AGZO in one setting, on one model whose branches it sets up."""
 
     form: str
-    model: EdgeModel
+    whole: EdgeModel  # with a branch at every linear layer
+    model: EdgeModel  # the one that is perturbed
     config: RunConfig
     examples: int  # rows that a step sees
+    chosen: Sequence[int]  # of all linear layers, in the gradient's order, those that have a branch
 
     def draws(self, rows: Sequence[Example], gradient: Gradient, *, steps: range) -> Iterator[Draw]:
         """The estimates of these steps' noise, on bases found from the rows that the step sees."""
         pad_id = pad_id_of(self.model.tokenizer)
         batch = collate(rows[: self.examples], pad_id=pad_id, objective="lm")
-        own = gradient if self.examples == len(rows) else true_gradient(self.model, batch)
+        own = gradient if self.examples == len(rows) else true_gradient(self.whole, batch)
         self.begin(batch)
-        bases = [branch.group.basis for branch in self.model.branches]
-        inside = [[part @ basis for part, basis in zip(g, bases, strict=True)] for g in (gradient, own)]
+        inside = [self._inside(g) for g in (gradient, own)]
         for step in steps:
             estimates = self._estimates(batch, step=step)
             yield Draw(
@@ -111,8 +114,12 @@ class Agzo:
 
     def share(self, gradient: Gradient) -> float:
         """The part of the gradient's squared norm inside the present bases."""
-        bases = [branch.group.basis for branch in self.model.branches]
-        return squared_norm([g @ a for g, a in zip(gradient, bases, strict=True)]) / squared_norm(gradient)
+        return squared_norm(self._inside(gradient)) / squared_norm(gradient)
+
+    def _inside(self, gradient: Gradient) -> Gradient:
+        """The gradient of each branch's coefficients."""
+        layers = zip((gradient[i] for i in self.chosen), self.model.branches, strict=True)
+        return [part @ branch.group.basis for part, branch in layers]
 
     def begin(self, batch: Batch) -> None:
         """Fresh branches of this rank, and the bases of `batch`."""
@@ -122,7 +129,7 @@ class Agzo:
         for branch in self.model.branches:
             branch.c = torch.zeros(branch.out_features, branch.group.rank)
             branch.scale = 1.0
-        find_bases(self.model, [batch], self.config)
+        find_window(self.model, [batch], self.config)
 
     def _estimates(self, batch: Batch, *, step: int) -> list[Tensor]:
         """Each layer's estimate (out_features, rank) in its basis: what the plain update would follow."""
@@ -133,14 +140,7 @@ class Agzo:
         return [
             branch.scale
             * gradient_estimate(
-                draw_noise(
-                    self.config.noise,
-                    (shares.shape[0], *branch.c.shape),
-                    seed=self.config.seed,
-                    step=step,
-                    layer=branch.index,
-                    first_example=0,
-                ),
+                branch.noise(self.config.noise, shares.shape[0], seed=self.config.seed, step=step, first_example=0),
                 shares,
             )
             for branch in self.model.branches
@@ -150,27 +150,31 @@ class Agzo:
 def probed(model: EdgeModel, rows: Sequence[Example], config: RunConfig) -> float:
     """The mu that `auto` takes on these rows."""
     batch = collate(rows, pad_id=pad_id_of(model.tokenizer), objective="lm")
-    Agzo("default", model, config, len(rows)).begin(batch)
+    find_window(model, [batch], config)
     return probe_mu(lambda mu: measure(model, [batch], step=0, mu=mu, config=config)[0].projected).mu
 
 
-def settings_of(model: EdgeModel, *, mu: float, ranks: Sequence[int], examples: Sequence[int]) -> list[Agzo]:
+def settings_of(
+    whole: EdgeModel, shipped: EdgeModel, *, mu: float, ranks: Sequence[int], examples: Sequence[int]
+) -> list[Agzo]:
     """AGZO in every setting that is compared."""
-    settings = [Agzo("paper", model, config_from(DENSE, preset="paper"), BATCH_EXAMPLES)]
-    for form, changes in (("plain", {"relative": False, "mu": PLAIN_MU}), ("default", {"mu": mu})):
+    names = [branch.name for branch in whole.branches]
+    every, chosen = range(len(names)), [names.index(branch.name) for branch in shipped.branches]
+    settings = [Agzo("paper", whole, whole, config_from(DENSE, preset="paper"), BATCH_EXAMPLES, every)]
+    for form, changes in (("plain", {"relative": False, "mu": PLAIN_MU}), ("relative", {"mu": mu})):
         for rank in ranks:
-            config = config_from(DENSE, {"rank": rank}, changes)
-            settings += [Agzo(form, model, config, n) for n in examples]
-    return settings
+            config = config_from(DENSE, ALL_LAYERS, {"rank": rank}, changes)
+            settings += [Agzo(form, whole, whole, config, n, every) for n in examples]
+    return settings + [Agzo("default", whole, shipped, config_from(DENSE, {"mu": mu}), n, chosen) for n in examples]
 
 
 def measured(source: Path, text: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All methods' draws on one model, batch by batch."""
     default = config_from(DENSE)
-    model = load_model(str(source), default)
+    model, shipped = (load_model(str(source), config_from(DENSE, more)) for more in (ALL_LAYERS, {}))
     row_batches = text_batches(model, text, batches=arguments.batches, tokens=arguments.tokens)
-    mu = probed(model, row_batches[0], default)
-    settings = settings_of(model, mu=mu, ranks=arguments.ranks, examples=arguments.examples)
+    mu = probed(shipped, row_batches[0], default)
+    settings = settings_of(model, shipped, mu=mu, ranks=arguments.ranks, examples=arguments.examples)
     mezo: list[Draw] = []
     agreements: list[float] = []
     scores: list[list[Draw]] = [[] for _ in settings]

@@ -81,6 +81,7 @@ def drawn(seed: int, count: int) -> Iterator[dict[str, Any]]:
             "offload": dice.choice(("none", "none", "none", "embeddings", "layers")),
             "max_seq_length": tokens,
             "max_steps": dice.choice((2, 3)),
+            "target_modules": dice.choice((None, ("all-linear",))),
             **bits,
         }
         model = {
