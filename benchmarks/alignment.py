@@ -4,7 +4,8 @@
 
 The true gradient is back-propagation's, in float32, over the weights of all linear layers but the head, of the
 mean loss per token of 16 rows of real text; what a form leaves alone counts against it. Each draw is a step's
-estimate from fresh noise and two forwards of the rows it sees; its score is the cosine with the true gradient. Draws are spread over several batches.
+estimate from fresh noise and two forwards of the rows it sees; its score is the cosine with the true gradient. Draws
+are spread over several batches.
 
     mezo      one Gaussian direction over the same weights, central difference, eps = 1e-3
     paper     `--preset paper`: one shared Gaussian direction inside rank-1 bases, K = 3, forward difference

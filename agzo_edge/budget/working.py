@@ -18,9 +18,6 @@ from agzo_edge.writers import writes_to_residual
 CUDA_SLACK_SHARE = 0.05  # estimate: what torch's CUDA allocator rounds up or cannot reuse
 CPU_SLACK_BYTES = 6 * MIB  # measured: tensors below the threshold of malloc, which stay in the heap; Python's own
 CPU_SLACK_SHARE = 0.01  # measured: pages, and the heap's gaps
-# Float32 copies of a chunk of logits that its way back adds. Measured: 3.0 chunks of 512 x 8,000, in float32 and
-# bfloat16 (torch's profiler, 2026-11).
-GUIDE_LOGITS = 3
 NEXT_TOKEN_BYTES = 4 * FLOAT32_BYTES + 2 * 8  # for each word, while a token is drawn
 EXACT_COPIES = 4  # float32 copies of a chunk of logits and its tangent, in log-sum-exp
 WRITING_BYTES = 12  # for each weight: the change, the sum, the random bits of its rounding
@@ -48,7 +45,7 @@ def moments(job: Job) -> Iterator[Moment]:
     if job.config.written_tokens:
         yield from answering(job)
     if job.config.guide != "none":
-        yield guiding(job)
+        yield from guiding(job)
     if job.opened:
         yield writing(job)
         yield merging(job)
@@ -93,19 +90,25 @@ def answering(job: Job) -> Iterator[Moment]:
     yield Moment(name="next token", logits=job.rows * facts.vocab_size * NEXT_TOKEN_BYTES, cache=cache)
 
 
-def guiding(job: Job) -> Moment:
-    """The pass that finds the guides: a chunk of one stream's logits on its way there and back, and the guesses.
+def guiding(job: Job) -> Iterator[Moment]:
+    """The plain pass that finds the guides, and the errors at its end.
 
-    The way there has a chunk twice, the way back GUIDE_LOGITS float32 copies of it. Each guided layer keeps its U,
-    every example's guess (out, rank), and the coordinates of one micro-batch.
+    Each guided layer keeps its U, every example's guess (out, rank), and the coordinates of one micro-batch: beside a
+    block where the step itself has no more rows, and beside the gradient of the last states, in float32 too. The
+    logits' way back goes in pieces that take less than a step's own chunk.
     """
-    config, vocab = job.config, job.facts.vocab_size
-    positions = min(max(1, config.logits_chunk // (FLOAT32_BYTES * vocab)), job.tokens // job.streams)
+    facts, config = job.facts, job.config
+    tokens = job.tokens // job.streams
     shapes = [shape for name, shape in job.targets.items() if writes_to_residual(name)]
     columns = config.guide_rank + config.batch_size * config.rank
-    kept = sum(out for out, _ in shapes) * columns + len(shapes) * job.tokens // job.streams * config.rank
-    chunks = FLOAT32_BYTES * (2 + GUIDE_LOGITS) * positions * vocab
-    return Moment(name="guide", activations=FLOAT32_BYTES * kept, logits=chunks)
+    kept = (
+        FLOAT32_BYTES * sum(out for out, _ in shapes) * columns + len(shapes) * tokens * config.rank * job.value_bytes
+    )
+    if job.streams == 1:
+        fullest = max(block_moments(job), key=lambda moment: moment.n_bytes)
+        yield replace(fullest, name=f"{fullest.name}, guiding", activations=fullest.activations + kept)
+    states = tokens * facts.hidden_size * (3 * job.value_bytes + FLOAT32_BYTES)
+    yield Moment(name="guide", activations=kept + states, logits=logits(job).logits)
 
 
 def updating(job: Job) -> Moment:
@@ -116,11 +119,12 @@ def updating(job: Job) -> Moment:
 
 
 def saving(job: Job) -> Moment:
-    """A checkpoint on its way to the disk: four copies of the adapter, or three of the learner's state."""
+    """A checkpoint on its way to the disk: four copies of the adapter, or three of the learner's state and its best."""
     width = sum(out + inp for out, inp in job.targets.values())
     adapter = width * job.config.adapter_rank * FLOAT32_BYTES
     coefficients = sum(out for out, _ in job.targets.values()) * job.config.rank
     state = (width * folded_rank(job) + basis_entries(job) + coefficients) * FLOAT32_BYTES
+    state *= 2 if job.config.can_go_back else 1
     largest = max(out * inp for out, inp in job.targets.values())
     extracting = largest * EXTRACTING_BYTES if job.opened else 0
     return Moment(name="saving", activations=max(4 * adapter, 3 * state) + extracting)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+GRADIENT_PIECES = 8  # a chunk's pieces where a gradient is asked for
+
 Head = Callable[[Tensor], Tensor]  # (..., hidden_size) -> (..., words) logits of some part of the vocabulary
 
 
@@ -36,6 +38,8 @@ def label_losses(
     at_label: Tensor | None = None
     for words, head in head_parts:
         size = chunk_tokens(words.stop - words.start, hidden.shape[0], chunk_bytes)
+        if hidden.requires_grad:  # the way back has more copies of a chunk: of a smaller one, so that no more is taken
+            size = max(1, min(size, labels.shape[0]) // GRADIENT_PIECES)
         starts = range(0, labels.shape[0], size)
         chunks = [_chunk_scores(head, hidden[:, i : i + size], labels[i : i + size], words.start) for i in starts]
         part_sum, part_label = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))

@@ -87,6 +87,7 @@ class Batch:
     input_ids: Tensor  # (rows, tokens) int64
     attention_mask: Tensor  # (rows, tokens) int64, 0 at padding
     is_label: Tensor  # (rows, tokens) bool, never at position 0
+    predicts: Tensor  # (2, labels) int64: the rows and positions whose states predict a label, the one after each
     example: Tensor  # (rows,) int64, the example a row belongs to, counted within this batch
     answer: Tensor  # (examples,) int64, the right one of an example's rows
     weights: Tensor  # (examples,) float32, shares of the step's whole batch, which sum to 1
@@ -101,6 +102,7 @@ class Batch:
             input_ids=sent(self.input_ids, device),
             attention_mask=sent(self.attention_mask, device),
             is_label=sent(self.is_label, device),
+            predicts=sent(self.predicts, device),
             example=sent(self.example, device),
             answer=sent(self.answer, device),
             weights=sent(self.weights, device),
@@ -164,6 +166,7 @@ def _batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
         is_label=torch.from_numpy(is_label),
+        predicts=torch.from_numpy(np.stack(is_label[:, 1:].nonzero())),  # here: a GPU would have to be waited for
         example=torch.tensor([i for i, example in enumerate(examples) for _ in example.rows]),
         answer=torch.tensor([example.answer for example in examples]),
         weights=torch.from_numpy(weights),

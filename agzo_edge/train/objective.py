@@ -117,8 +117,7 @@ def label_scores(model: EdgeModel, batch: Batch) -> Tensor:  # (streams, rows) f
 def label_sums(model: EdgeModel, batch: Batch) -> Tensor:  # (streams, rows) float32
     """The negative log-likelihood of each row's label tokens together."""
     streams = model.context.n_streams
-    # The state at t predicts the token at t + 1. Asked before the layers: a GPU waits for what it has been given.
-    row, token = batch.is_label[:, 1:].nonzero(as_tuple=True)
+    row, token = batch.predicts
     hidden = model.hidden_states(batch.input_ids.repeat(streams, 1), batch.attention_mask.repeat(streams, 1))
     hidden = hidden.unflatten(0, (streams, -1))[:, row, token]
     labels = batch.input_ids[row, token + 1]

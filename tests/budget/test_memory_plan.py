@@ -73,16 +73,16 @@ def test_more_of_a_setting_never_needs_less_memory(field: str, config: RunConfig
     )
 
 
-def test_a_guide_takes_three_chunks_of_logits() -> None:
+def test_a_guide_keeps_guesses_and_takes_no_more_logits_than_a_step() -> None:
     settings = {"logits_chunk": 2**20, "batch_size": 4, "max_seq_length": 256, "rank": 4, "guide_rank": 4}
-    plain, guided = (
-        job_of(WIDE, config_from({**settings, **more}), CPU) for more in ({"guide": "none"}, {"guide": "head"})
-    )
-    chunk = 2**20 // (4 * 32_000) * 4 * 32_000
+    plain, guided = (job_of(WIDE, config_from({**settings, **more}), CPU) for more in ({"guide": "none"}, {}))
     guide = next(moment for moment in moments(guided) if moment.name == "guide")
-    assert guide.logits == (2 + 3) * chunk
-    assert 0 < guide.activations < 16 * 1024 * (4 + 4 * 4) * 4 + 16 * 4 * 256 * 4 * 4 + 1
-    assert all(moment.name != "guide" for moment in moments(plain))
+    kept = 4 * 16 * 1024 * (4 + 4 * 4) + 16 * 4 * 256 * 4 * 4  # 16 layers: U and guesses, coordinates
+    assert guide.activations == kept + 4 * 256 * 1024 * (3 * 4 + 4)
+    assert guide.logits == next(moment for moment in moments(plain) if moment.name == "logits").logits
+    assert all("guid" not in moment.name for moment in moments(plain))
+    apart = job_of(WIDE, config_from({**settings, "fuse_signs": False}), CPU)
+    assert any(moment.name.endswith(", guiding") for moment in moments(apart))
 
 
 @given(config=configs(), size=st.integers(1, 64))

@@ -1,5 +1,6 @@
 """Noise guided by the errors at the head: against dense references, and what it leaves untouched."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,14 +158,11 @@ def pairs() -> Batch:
     """Two pairs of answers."""
     batch = tiny_batch(4)
     example = torch.tensor([0, 0, 1, 1])
-    return Batch(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        is_label=batch.is_label,
+    return replace(
+        batch,
         example=example,
         answer=torch.zeros(2, dtype=torch.int64),
         weights=torch.full((2,), 0.5),
-        first_example=0,
         places=batch.places[:2],
     )
 
