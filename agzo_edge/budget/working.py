@@ -19,7 +19,7 @@ CUDA_SLACK_SHARE = 0.05  # estimate: what torch's CUDA allocator rounds up or ca
 CPU_SLACK_BYTES = 6 * MIB  # measured: tensors below the threshold of malloc, which stay in the heap; Python's own
 CPU_SLACK_SHARE = 0.01  # measured: pages, and the heap's gaps
 NEXT_TOKEN_BYTES = 4 * FLOAT32_BYTES + 2 * 8  # for each word, while a token is drawn
-EXACT_COPIES = 4  # float32 copies of a chunk of logits and its tangent, in log-sum-exp
+EXACT_COPIES = 4  # float32 copies of a chunk of logits and its tangent, in log-sum-exp; beside both in 16 bit
 WRITING_BYTES = 12  # for each weight: the change, the sum, the random bits of its rounding
 WRITING_BFLOAT16_BYTES = 20  # and the two integers that the rounding goes through
 EXTRACTING_BYTES = 12  # for each weight: as held and as it was in float32, the change
@@ -69,7 +69,8 @@ def logits(job: Job) -> Moment:
     at_once = min(positions, max(1, chunk_bytes // (FLOAT32_BYTES * words * streams)))
     entry_bytes = max(2 * FLOAT32_BYTES, 3 * b if facts.caps_logits else 0, b + job.extra_float32_bytes)
     if job.exact:
-        entry_bytes = FLOAT32_BYTES * (EXACT_COPIES + (3 if facts.caps_logits else 0))
+        in_16_bit = 2 * b if b < FLOAT32_BYTES else 0
+        entry_bytes = FLOAT32_BYTES * (EXACT_COPIES + (3 if facts.caps_logits else 0)) + in_16_bit
     gathered = positions * job.streams * facts.hidden_size * b
     chunk = streams * at_once * words * entry_bytes
     return Moment(name="logits", activations=gathered, logits=chunk)
@@ -156,15 +157,14 @@ def loading(job: Job) -> Moment:
 
 
 def merging(job: Job) -> Moment:
-    """The merged checkpoint on its way to the disk: a tensor in float32, in the compute dtype, and as bytes.
+    """The merged checkpoint on its way to the disk: linear layers go there through float32, others as they are.
 
     A layer's weight is first summed up from what is held and what the last window learned.
     """
     facts, b = job.facts, job.value_bytes
-    written = (FLOAT32_BYTES + b if b < FLOAT32_BYTES else 0) + b
-    summed = 2 * FLOAT32_BYTES
-    layer = max(out * inp for out, inp in facts.linears.values()) * (written + summed)
-    return Moment(name="merging", activations=max(layer, facts.tensors[facts.largest_other].n_entries * written))
+    converted = FLOAT32_BYTES + b if b < FLOAT32_BYTES else 0
+    layer = max(out * inp for out, inp in facts.linears.values()) * (converted + 2 * FLOAT32_BYTES)
+    return Moment(name="merging", activations=max(layer, facts.head_entries * converted))
 
 
 def host_components(job: Job) -> Iterator[Component]:

@@ -26,8 +26,16 @@ class FrozenLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        return F.linear(x, self.base.dense(), self.bias)
+        """(..., in_features) -> (..., out_features); of dual tensors both in one product.
+
+        torch's own rule for a product with a tangent copies the weight, the head's with every chunk.
+        """
+        primal, tangent = forward_ad.unpack_dual(x)
+        if tangent is None:
+            return F.linear(x, self.base.dense(), self.bias)
+        y, y_tangent = F.linear(torch.stack([primal, tangent]), self.base.dense())
+        dual: Tensor = forward_ad.make_dual(y if self.bias is None else y + self.bias, y_tangent)
+        return dual
 
     def parts(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
         """The layer in parts of its outputs, for a head whose outputs do not all fit: here it is one."""
