@@ -16,6 +16,7 @@ in batches of each thread) and is told apart.
 
 import gc
 import json
+import math
 import os
 import random
 import sys
@@ -100,18 +101,23 @@ def main() -> None:
     parser = parser_of("holds", __doc__ or "")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so long")
+    parser.add_argument("--models", type=Path, help="where the models are kept; by default they are thrown away")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.count = 3
-    began = environment()
+    began, until = environment(), time.monotonic() + arguments.seconds
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     dice, results = random.Random(arguments.seed), []
-    with tempfile.TemporaryDirectory() as root:
-        warm_up(Path(root))
+    with tempfile.TemporaryDirectory() as thrown_away:
+        root = arguments.models or Path(thrown_away)
+        warm_up(root)
         for number, combination in enumerate(drawn(arguments.seed, arguments.count)):
-            model = checkpoint(Path(root), combination["model"])
+            if time.monotonic() > until:
+                break
+            model = checkpoint(root, combination["model"])
             gc.collect()
             give_back(torch.device("cpu"))
             combination["on_overflow"] = dice.choice(("fail", "shrink", "shrink", "stream", "stream"))

@@ -11,6 +11,7 @@ No GPU: the CPU's plan alone is tried.
 
 import gc
 import json
+import math
 import os
 import random
 import re
@@ -245,11 +246,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", type=Path, help="where the models are kept; by default they are thrown away")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so long")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of combinations to run alone")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.count = 2
-    began = environment()
+    began, until = environment(), time.monotonic() + arguments.seconds
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -258,6 +260,8 @@ def main() -> None:
         root = arguments.models or Path(thrown_away)
         warm_up(root)
         for number, combination in enumerate(drawn(arguments.seed, arguments.count)):
+            if time.monotonic() > until:
+                break
             if arguments.only and number not in arguments.only:
                 continue
             model = checkpoint(root, combination["model"])

@@ -17,6 +17,7 @@ from agzo_edge.writers import writes_to_residual
 
 CUDA_SLACK_SHARE = 0.05  # estimate: what torch's CUDA allocator rounds up or cannot reuse
 CPU_SLACK_BYTES = 6 * MIB  # measured: tensors below the threshold of malloc, which stay in the heap; Python's own
+CPU_MATMUL_BYTES = 15 * MIB  # measured, AVX-512: the code of 16-bit matmuls that oneDNN keeps, and its buffers
 CPU_SLACK_SHARE = 0.01  # measured: pages, and the heap's gaps
 NEXT_TOKEN_BYTES = 4 * FLOAT32_BYTES + 2 * 8  # for each word, while a token is drawn
 EXACT_COPIES = 4  # float32 copies of a chunk of logits and its tangent, in log-sum-exp; beside both in 16 bit
@@ -31,6 +32,8 @@ def working_components(job: Job) -> Iterator[Component]:
     fullest = max(moments(job), key=lambda moment: moment.n_bytes)
     yield from _components(job, fullest)
     share, fixed_bytes = (CPU_SLACK_SHARE, CPU_SLACK_BYTES) if job.on_cpu else (CUDA_SLACK_SHARE, 0)
+    if job.on_cpu and job.value_bytes < FLOAT32_BYTES:
+        fixed_bytes += CPU_MATMUL_BYTES
     slack_bytes = fixed_bytes + math.ceil(share * fullest.n_bytes)
     rule = f"{share:.0%} of the moment above" + (f" + {fixed_bytes // MIB} MiB" if fixed_bytes else " (estimate)")
     yield Component("allocator", slack_bytes, "device", rule)

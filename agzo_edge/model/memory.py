@@ -19,6 +19,7 @@ from agzo_edge.errors import BudgetBrokenError
 from agzo_edge.units import MIB
 
 RETURNED_BYTES = MIB  # smaller blocks stay in the heap: measured, below it a step takes 5 to 10 % longer
+KEPT_MATMULS = 16  # more than the shapes of one pass; each took 0.3 to 0.5 MiB on an AVX-512 CPU, measured
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -142,8 +143,10 @@ def return_what_is_freed() -> None:
     """Let every tensor of a megabyte or more come from the system, and go back to it at once when it is freed.
 
     glibc would keep blocks of up to 32 MiB in its heap for later ones, where gaps stay: a process then holds what
-    one phase needed while the next runs, and nobody can tell beforehand how much (docs/decisions/0010).
+    one phase needed while the next runs, and nobody can tell beforehand how much (docs/decisions/0010). Nor may
+    oneDNN keep the code of a thousand 16-bit matmuls, one for each number of rows that it ever saw.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_MATMULS))
     with suppress(OSError, AttributeError):  # glibc's alone
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, RETURNED_BYTES)
