@@ -26,16 +26,14 @@ class FrozenLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features); of dual tensors both in one product.
+        """(..., in_features) -> (..., out_features); of dual tensors a product for each part.
 
-        torch's own rule for a product with a tangent copies the weight, the head's with every chunk.
+        torch's own rule copies the weight, the head's with every chunk; parts of one product would be copied too.
         """
         primal, tangent = forward_ad.unpack_dual(x)
-        if tangent is None:
-            return F.linear(x, self.base.dense(), self.bias)
-        y, y_tangent = F.linear(torch.stack([primal, tangent]), self.base.dense())
-        dual: Tensor = forward_ad.make_dual(y if self.bias is None else y + self.bias, y_tangent)
-        return dual
+        weight = self.base.dense()
+        y = F.linear(primal, weight, self.bias)
+        return y if tangent is None else forward_ad.make_dual(y, F.linear(tangent, weight))
 
     def parts(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
         """The layer in parts of its outputs, for a head whose outputs do not all fit: here it is one."""

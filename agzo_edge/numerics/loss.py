@@ -41,7 +41,9 @@ def label_losses(
         if hidden.requires_grad:  # the way back has more copies of a chunk: of a smaller one, so that no more is taken
             size = max(1, min(size, labels.shape[0]) // GRADIENT_PIECES)
         starts = range(0, labels.shape[0], size)
-        chunks = [_chunk_scores(head, hidden[:, i : i + size], labels[i : i + size], words.start) for i in starts]
+        # In one piece of memory: of a slice of several streams torch makes a product for each, and copies the head.
+        pieces = ((hidden[:, i : i + size].contiguous(), labels[i : i + size]) for i in starts)
+        chunks = [_chunk_scores(head, states, wanted, words.start) for states, wanted in pieces]
         part_sum, part_label = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
         log_sum = part_sum if log_sum is None else torch.logaddexp(log_sum, part_sum)
         at_label = part_label if at_label is None else at_label + part_label
