@@ -19,7 +19,7 @@ from agzo_edge.train.objective import Goal, loss_of
 from agzo_edge.train.order import chosen_examples
 from agzo_edge.train.probe import MuProbe, probe_mu
 from agzo_edge.train.step import StepRecord, agzo_step, begin_window, find_window, measure
-from agzo_edge.train.undo import is_due, is_harm, is_lost, require_sound_start, watched_examples
+from agzo_edge.train.undo import is_due, is_harm, is_lost, n_watched, require_sound_start, watched_examples
 
 REHEARSAL_MU = 1e-3  # any size: only the memory of the passes is looked at
 
@@ -54,9 +54,10 @@ def run_steps(
     """
 
     def look() -> tuple[float, ...]:
-        losses = guard.run(partial(watched_losses, model, data, goal=goal))
+        examples = watched_examples(data, len(learner.watched) or n_watched(data, guard.config))
+        losses = guard.run(partial(watched_losses, model, examples, goal=goal))
         if not learner.watched:
-            require_sound_start(data, losses)
+            require_sound_start(examples, losses)
         return losses
 
     for step in range(first_step, guard.config.max_steps):
@@ -86,10 +87,10 @@ def run_steps(
 
 
 def watched_losses(
-    model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal | None = None
+    model: EdgeModel, examples: Sequence[Example], config: RunConfig, *, goal: Goal | None = None
 ) -> tuple[float, ...]:
-    """The loss of each watched example, as the model is now."""
-    batches = _micro_batches(model, watched_examples(data), config=config)
+    """The loss of each example, as the model is now."""
+    batches = _micro_batches(model, examples, config=config)
     parts = [loss_of(model, batch.to(model.device), objective=goal or config.objective)[0] for batch in batches]
     return tuple(torch.cat(parts).tolist())
 

@@ -16,7 +16,8 @@ from agzo_edge.errors import NonFiniteLossError
 from agzo_edge.numerics.estimate import standard_errors_above
 from agzo_edge.train.data import Example, ExampleSet
 
-WATCHED_EXAMPLES = 64  # in a plain pass as much as two steps of 16: one part in 25 of a run that looks every 50
+MOST_WATCHED, LEAST_WATCHED = 64, 4  # examples; 64 are in a plain pass as much as two steps of 16
+WATCHED_SHARE = 1 / 25  # of a run's examples at most, beyond the least: a short run is not kept waiting for its start
 USUAL_BATCH = 16  # where fewer make a step, looks are rarer: they take the same share of a run
 HARM_ERRORS = 2.0  # standard errors above the best state: one look in 44 by chance, were nothing learned or lost
 LOST_DEVIATIONS = 2.0  # of single examples above the best state's mean: where a batch hardly lies by chance
@@ -27,9 +28,15 @@ def is_due(step: int, config: RunConfig) -> bool:
     return config.can_go_back and step % (config.undo_every * -(-USUAL_BATCH // config.batch_size)) == 0
 
 
-def watched_examples(data: ExampleSet) -> list[Example]:
+def n_watched(data: ExampleSet, config: RunConfig) -> int:
+    """How many examples a run watches."""
+    share = int(WATCHED_SHARE * config.max_steps * config.batch_size)
+    return min(len(data.examples), MOST_WATCHED, max(LEAST_WATCHED, share))
+
+
+def watched_examples(data: ExampleSet, n_examples: int) -> list[Example]:
     """The examples to watch, evenly spread over the data."""
-    places = np.linspace(0, len(data.examples) - 1, num=min(WATCHED_EXAMPLES, len(data.examples)))
+    places = np.linspace(0, len(data.examples) - 1, num=n_examples)
     return [data.examples[int(place)] for place in places]
 
 
@@ -50,9 +57,9 @@ def is_lost(loss: float, best: Sequence[float]) -> bool:
     return len(best) > 1 and loss > fmean(best) + LOST_DEVIATIONS * pstdev(best)
 
 
-def require_sound_start(data: ExampleSet, losses: Sequence[float]) -> None:
+def require_sound_start(examples: Sequence[Example], losses: Sequence[float]) -> None:
     """Raise NonFiniteLossError naming the watched examples on which the model itself has no finite loss."""
-    pairs = zip(watched_examples(data), losses, strict=True)
+    pairs = zip(examples, losses, strict=True)
     if bad := [example.place for example, loss in pairs if not math.isfinite(loss)]:
         raise NonFiniteLossError(
             f"the model's own loss, before training, is not finite on {', '.join(bad[:5])}: leave these rows out, or "

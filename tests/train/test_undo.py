@@ -9,10 +9,14 @@ from helpers import assert_same_bytes, run_config, tiny_micro_batches, tiny_mode
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agzo_edge.train.data import DataReport, Example, ExampleSet
 from agzo_edge.train.learner import RATE_AFTER_UNDO, Learner
 from agzo_edge.train.step import agzo_step
-from agzo_edge.train.undo import is_due, is_harm, is_lost
+from agzo_edge.train.undo import is_due, is_harm, is_lost, n_watched, watched_examples
 
+EMPTY_REPORT = DataReport(
+    format="text", rows_read=0, rows_used=0, rows_truncated=0, rows_dropped=0, label_tokens=0, longest_tokens=0
+)
 losses = st.lists(st.floats(0.0, 50.0), min_size=2, max_size=32)
 
 
@@ -107,3 +111,19 @@ def test_going_back_makes_the_rate_smaller_for_good() -> None:
     learner.go_back()
     learner.go_back()
     assert learner.learning_rate(7) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "max_steps", "batch_size", "watched"),
+    [(1000, 500, 16, 64), (1000, 50, 16, 32), (1000, 20, 1, 4), (3, 500, 16, 3), (40, 500, 16, 40)],
+)
+def test_a_run_watches_a_share_of_its_examples_spread_over_the_data(
+    n_examples: int, max_steps: int, batch_size: int, watched: int
+) -> None:
+    examples = [Example(rows=(), answer=0, place=f"rows.jsonl:{i + 1}") for i in range(n_examples)]
+    data = ExampleSet(examples, EMPTY_REPORT, sha256="")
+    found = n_watched(data, run_config(max_steps=max_steps, batch_size=batch_size))
+    assert found == watched
+    places = [int(example.place.rpartition(":")[2]) for example in watched_examples(data, found)]
+    assert places == sorted(set(places))
+    assert (places[0], places[-1]) == (1, n_examples)
