@@ -35,7 +35,7 @@ def test_step_cost_times_every_variant_on_both_bases(tmp_path: Path) -> None:
 def test_alignment_scores_every_method_with_a_cosine(tmp_path: Path) -> None:
     result = quick_result("alignment", tmp_path / "result.json")
     methods = result["results"][0]["methods"]
-    assert [method["method"] for method in methods] == ["mezo", "paper", "plain", "default"]
+    assert [method["method"] for method in methods] == ["mezo", "paper", "plain", "relative", "default"]
     assert all(-1 <= cosine <= 1 for method in methods for cosine in method["cosines"])
     assert 0 < methods[1]["share"] < methods[2]["share"] < 1  # rank 4 holds more of the gradient than rank 1
 

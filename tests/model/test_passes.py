@@ -114,6 +114,7 @@ def test_a_rows_loss_does_not_depend_on_the_rows_beside_it(family: str) -> None:
             input_ids=batch.input_ids[row : row + 1, :n_tokens],
             attention_mask=batch.attention_mask[row : row + 1, :n_tokens],
             is_label=batch.is_label[row : row + 1, :n_tokens],
+            predicts=torch.stack(batch.is_label[row : row + 1, 1:n_tokens].nonzero(as_tuple=True)),
             example=torch.tensor([0]),
             answer=torch.tensor([0]),
         )
