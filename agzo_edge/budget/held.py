@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from agzo_edge.budget.facts import input_groups
 from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job, folded_rank
 from agzo_edge.config import KEPT_CHECKPOINTS
+from agzo_edge.writers import writes_to_residual
 
 MOVABLE = ("weights", "embeddings")  # what offload moves
 MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "sign": 0}  # of the optimizer, each the size of C
@@ -150,6 +151,14 @@ def basis_entries(job: Job) -> int:
     return sum(width * min(job.config.rank, width) for width in input_groups(job.targets).values())
 
 
+def guide_entries(job: Job) -> int:
+    """Numbers in one window's guides: U (out, directions) of each layer that can be led."""
+    if job.config.guide == "none":
+        return 0
+    outputs = (out for name, (out, _) in job.targets.items() if writes_to_residual(name))
+    return sum(out * min(job.config.guide_rank, out) for out in outputs)
+
+
 def disk_components(job: Job) -> Iterator[Component]:
     """What the run directory will hold at its end; of the checkpoints only the last few are kept.
 
@@ -160,7 +169,7 @@ def disk_components(job: Job) -> Iterator[Component]:
     adapter_bytes = width * config.adapter_rank * FLOAT32_BYTES
     n_checkpoints = min(KEPT_CHECKPOINTS, config.max_steps // config.save_steps) if config.save_steps else 1
     line_bytes = JOURNAL_LINE_BYTES + JOURNAL_EXAMPLE_BYTES * config.batch_size
-    bases_bytes = job.n_windows * basis_entries(job) * FLOAT32_BYTES
+    window_entries = basis_entries(job) + guide_entries(job)
     adapter_rule = f"(out + in) {width:,} x rank {config.adapter_rank} x 4 B"
     yield Component("adapter", adapter_bytes, "disk", adapter_rule)
     checkpoint_bytes = 3 * adapter_bytes + window(job).n_bytes + best_state(job).n_bytes
@@ -169,4 +178,5 @@ def disk_components(job: Job) -> Iterator[Component]:
     yield Component("journal", config.max_steps * line_bytes, "disk", f"{config.max_steps} x {line_bytes} B")
     mapped_bytes = sum(part.n_bytes for part in held_components(job) if part.name in MOVABLE and part.where == "mapped")
     yield Component("mapped weights", mapped_bytes, "disk", "what waits outside memory, in the cache folder")
-    yield Component("bases", bases_bytes, "disk", f"{job.n_windows} windows x {basis_entries(job):,} x 4 B")
+    bases_bytes = job.n_windows * window_entries * FLOAT32_BYTES
+    yield Component("bases", bases_bytes, "disk", f"{job.n_windows} windows x {window_entries:,} x 4 B, guides too")

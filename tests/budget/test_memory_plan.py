@@ -364,3 +364,11 @@ def test_the_lines_of_a_large_file_are_counted_where_they_are_held() -> None:
         with_lines = predicted_memory(FACTS, config, profile, data=DataShape(indexed_lines=2_000_000))
         assert component(with_lines, "data index", where) == 72_000_000
         assert with_lines.bytes_on(where) - predicted_memory(FACTS, config, profile).bytes_on(where) == 72_000_000
+
+
+def test_the_disk_holds_every_windows_bases_and_guides() -> None:
+    settings = {"rank": 2, "guide_rank": 3, "refresh_every": 5, "max_steps": 11}
+    guided, plain = (memory_plan(WIDE, config_from({**settings, "guide": g}), CPU) for g in ("head", "none"))
+    inputs = 8 * (1024 + 4096)  # of o_proj and down_proj in each block
+    assert component(plain, "bases", "disk") == 3 * inputs * 2 * 4
+    assert component(guided, "bases", "disk") == 3 * (inputs * 2 + 8 * 2 * 1024 * 3) * 4
