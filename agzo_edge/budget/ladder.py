@@ -63,11 +63,12 @@ def halvings(size: int, *, at_least: int) -> Iterator[int]:
 def rung_words(asked: RunConfig, rung: RunConfig) -> str:
     """What a rung does otherwise than the run that was asked for, for a person; "as asked for" when nothing."""
     changed = {name for name in RunConfig.model_fields if getattr(asked, name) != getattr(rung, name)}
+    micro, mlp = rung.micro_batch_size, rung.mlp_chunk_tokens
     words = {
-        "micro_batch_size": f"micro-batches of {rung.micro_batch_size}",
-        "fuse_signs": "one sign after the other",
+        "micro_batch_size": f"micro-batches of {micro}" if micro else "the whole batch at once",
+        "fuse_signs": "both signs in one pass" if rung.fuse_signs else "one sign after the other",
         "logits_chunk": f"logits in chunks of {format_bytes(rung.logits_chunk)}",
-        "mlp_chunk_tokens": f"MLPs over {rung.mlp_chunk_tokens} tokens at a time",
+        "mlp_chunk_tokens": f"MLPs over {mlp} tokens at a time" if mlp else "MLPs over all tokens at once",
         "offload": {
             "none": "everything on the device",
             "embeddings": "embeddings and head outside the device",
