@@ -3,14 +3,14 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from agzo_edge.config import RunConfig
-from agzo_edge.errors import ModelError, NonFiniteLossError
+from agzo_edge.errors import BudgetBrokenError, DataError, ModelError, NonFiniteLossError
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.train.data import Batch, Example, ExampleSet, longest_examples, micro_batches, pad_id_of
 from agzo_edge.train.guard import Guard
@@ -80,8 +80,9 @@ def run_steps(
         guard.has_begun = True
         last_loss = record.loss
         ended_at = None
-        if learner.watched and step == guard.config.max_steps - 1 and is_harm(look(), learner.watched, last=True):
-            ended_at = learner.go_back()
+        if learner.watched and step == guard.config.max_steps - 1:
+            with suppress(BudgetBrokenError, DataError):  # the step is made: without a look it counts as it is
+                ended_at = learner.go_back() if is_harm(look(), learner.watched, last=True) else None
         record = replace(record, watched=watched, went_back_to=went_back_to, ended_at=ended_at)
         yield TimedStep(record, time.perf_counter() - start_s, tokens, guard.peak_bytes, guard.take_moves())
 
