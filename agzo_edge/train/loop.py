@@ -19,7 +19,7 @@ from agzo_edge.train.objective import Goal, loss_of
 from agzo_edge.train.order import chosen_examples
 from agzo_edge.train.probe import MuProbe, probe_mu
 from agzo_edge.train.step import StepRecord, agzo_step, begin_window, find_window, measure
-from agzo_edge.train.undo import is_due, is_harm, is_lost, n_watched, require_sound_start, watched_examples
+from agzo_edge.train.undo import is_due, is_harm, is_lost, n_watched, watched_examples
 
 REHEARSAL_MU = 1e-3  # any size: only the memory of the passes is looked at
 
@@ -57,7 +57,8 @@ def run_steps(
         examples = watched_examples(data, len(learner.watched) or n_watched(data, guard.config))
         losses = guard.run(partial(watched_losses, model, examples, goal=goal))
         if not learner.watched:
-            require_sound_start(examples, losses)
+            pairs = zip(examples, losses, strict=True)
+            _refuse_bad_rows([example.place for example, loss in pairs if not math.isfinite(loss)])
         return losses
 
     for step in range(first_step, guard.config.max_steps):
@@ -168,10 +169,15 @@ def require_finite(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goa
         bad += [place for place, ok in zip(batch.places, finite, strict=True) if not ok]
     if bad and len(bad) == len(places):
         raise ModelError(f"{model.source}: gives no finite loss on any row: its weights hold NaN or infinite numbers")
-    if bad:
+    _refuse_bad_rows(bad)
+
+
+def _refuse_bad_rows(places: Sequence[str]) -> None:
+    """Raise NonFiniteLossError naming the rows on which the model itself has no finite loss, if there are any."""
+    if places:
         raise NonFiniteLossError(
-            f"the model's own loss, before training, is not finite on {', '.join(bad[:5])}: leave these rows out, or "
-            f"try --dtype float32"
+            f"the model's own loss, before training, is not finite on {', '.join(places[:5])}: leave these rows out, "
+            f"or try --dtype float32"
         )
 
 

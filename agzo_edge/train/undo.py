@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from agzo_edge.config import RunConfig
-from agzo_edge.errors import NonFiniteLossError
 from agzo_edge.numerics.estimate import standard_errors_above
 from agzo_edge.train.data import Example, ExampleSet
 
@@ -55,13 +54,3 @@ def is_harm(losses: Sequence[float], best: Sequence[float], *, last: bool = Fals
 def is_lost(loss: float, best: Sequence[float]) -> bool:
     """Whether one step's loss alone asks for a look at the watched examples."""
     return len(best) > 1 and loss > fmean(best) + LOST_DEVIATIONS * pstdev(best)
-
-
-def require_sound_start(examples: Sequence[Example], losses: Sequence[float]) -> None:
-    """Raise NonFiniteLossError naming the watched examples on which the model itself has no finite loss."""
-    pairs = zip(examples, losses, strict=True)
-    if bad := [example.place for example, loss in pairs if not math.isfinite(loss)]:
-        raise NonFiniteLossError(
-            f"the model's own loss, before training, is not finite on {', '.join(bad[:5])}: leave these rows out, or "
-            f"try --dtype float32"
-        )
