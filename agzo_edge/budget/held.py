@@ -10,6 +10,7 @@ from agzo_edge.config import KEPT_CHECKPOINTS
 from agzo_edge.writers import writes_to_residual
 
 MOVABLE = ("weights", "embeddings")  # what offload moves
+CPU_COLUMNS = 16  # of the 16-bit copy, a multiple of it on a CPU: numerics/products.py fills it up
 MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "sign": 0}  # of the optimizer, each the size of C
 INDEX_LINE_BYTES = 12  # of a data file's line: where it begins, and its size
 ORDER_LINE_BYTES = 2 * 4 + 2 * 8  # two epochs' orders, and one in the making: random words and their ranks
@@ -101,17 +102,18 @@ def accumulated_adapter(job: Job) -> Component:
     """Each layer's folded windows in float32, and their copy in the compute dtype for the forward.
 
     The copy has the present window beside it. In the step that opens a window the sum before it is kept as
-    well, to go back to on an error. Bytes: (out + in) (folded 4 + (folded + rank) b + (folded − rank) 4).
+    well, to go back to on an error. Bytes: (out + in) (folded 4 + (folded + rank) b + (folded − rank) 4),
+    in the copy `folded` filled up to a multiple of CPU_COLUMNS where that is needed.
     With target = dequantized windows are written into the weights, and only the present one is beside them.
     """
     rank, b = job.config.rank, job.value_bytes
     width = sum(out + inp for out, inp in job.targets.values())
     folded = 0 if job.opened else folded_rank(job)
     before = max(0, folded - rank)
-    n_bytes = width * ((folded + before) * FLOAT32_BYTES + (folded + rank) * b)
-    formula = (
-        f"(out + in) of {len(job.targets)} layers = {width:,} x ({folded + before} x 4 B + {folded + rank} x {b} B)"
-    )
+    filled = -folded % CPU_COLUMNS if job.on_cpu and b < FLOAT32_BYTES else 0
+    copied = folded + filled + rank
+    n_bytes = width * ((folded + before) * FLOAT32_BYTES + copied * b)
+    formula = f"(out + in) of {len(job.targets)} layers = {width:,} x ({folded + before} x 4 B + {copied} x {b} B)"
     return Component("adapter", n_bytes, "device", formula)
 
 

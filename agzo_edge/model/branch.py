@@ -19,6 +19,7 @@ from agzo_edge.model.weights import HeldWeight
 from agzo_edge.numerics.basis import activation_basis, starting_basis
 from agzo_edge.numerics.lowrank import LowRank, compressed, zero_lowrank
 from agzo_edge.numerics.noise import Noise, NoiseKind, draw_noise, guided_noise
+from agzo_edge.numerics.products import whole_widths
 from agzo_edge.writers import writes_to_residual
 
 EXTRACTION_STEPS = 12  # of subspace iteration: a trained change's spectrum falls fast, six already do (tested)
@@ -94,7 +95,7 @@ class Branch:
         if self.folded.rank == 0:
             return None
         if self._cast is None or self._cast[0] is not self.folded or self._cast[1].c.dtype is not dtype:
-            self._cast = self.folded, LowRank(self.folded.c.to(dtype), self.folded.a.to(dtype))
+            self._cast = self.folded, LowRank(*(whole_widths(part.to(dtype)) for part in (self.folded.c, self.folded.a)))
         return self._cast[1]
 
     def fold(self, *, keep_rank: int, random_bits: Callable[[], Tensor]) -> float:

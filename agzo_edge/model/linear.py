@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agzo_edge.model.branch import Branch
@@ -12,6 +11,7 @@ from agzo_edge.model.passes import PassContext, Perturbation, Refresh
 from agzo_edge.model.weights import BaseWeight
 from agzo_edge.numerics.basis import projected
 from agzo_edge.numerics.perturb import perturbed_product
+from agzo_edge.numerics.products import add_linear, linear
 
 
 class FrozenLinear(nn.Module):
@@ -32,8 +32,8 @@ class FrozenLinear(nn.Module):
         """
         primal, tangent = forward_ad.unpack_dual(x)
         weight = self.base.dense()
-        y = F.linear(primal, weight, self.bias)
-        return y if tangent is None else forward_ad.make_dual(y, F.linear(tangent, weight))
+        y = linear(primal, weight, self.bias)
+        return y if tangent is None else forward_ad.make_dual(y, linear(tangent, weight))
 
     def parts(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
         """The layer in parts of its outputs, for a head whose outputs do not all fit: here it is one."""
@@ -87,12 +87,13 @@ class BranchedLinear(FrozenLinear):
     def _beside(self, x: Tensor, branch: Branch, perturbation: Perturbation | None) -> Tensor | None:
         """All that the branch adds to W x + b, (..., out_features); None for nothing."""
         folded, window = (None, None) if self.context.base_only else (branch.folded_in(x.dtype), branch.window)
-        beside = None if folded is None else _low_rank_product(projected(x, folded.a), folded.c)
+        beside = None if folded is None else linear(projected(x, folded.a), folded.c)
         if perturbation is not None:
             return self._perturbed(x, branch, perturbation, coefficients=window, onto=beside)
         if window is None:
             return beside
-        return _low_rank_product(self.context.coordinates(branch.group, x), window.to(x.dtype), onto=beside)
+        coordinates, c = self.context.coordinates(branch.group, x), window.to(x.dtype)
+        return linear(coordinates, c) if beside is None else add_linear(beside, coordinates, c)
 
     def _product(self, x: Tensor, bias: Tensor | None, *, beside: Tensor | None) -> Tensor:
         """W x + b + `beside`, which is used up.
@@ -101,11 +102,10 @@ class BranchedLinear(FrozenLinear):
         round (measured: 5 % of a layer), and in 16 bit one rounding at the size of y instead of three.
         """
         if beside is None:
-            return F.linear(x, self.base.dense(), bias)
+            return linear(x, self.base.dense(), bias)
         if bias is not None:
             beside += bias
-        beside.view(-1, self.out_features).addmm_(x.reshape(-1, self.in_features), self.base.dense().mT)
-        return beside
+        return add_linear(beside, x, self.base.dense())
 
     def _perturbed(
         self,
@@ -150,17 +150,3 @@ class BranchedLinear(FrozenLinear):
         shape = (*primal.shape[:-1], self.out_features)
         dual: Tensor = forward_ad.make_dual(y.reshape(shape), y_tangent.reshape(shape))
         return dual
-
-
-def _low_rank_product(
-    coordinates: Tensor,  # (..., rank)
-    c: Tensor,  # (out_features, rank), of the same dtype
-    *,
-    onto: Tensor | None = None,  # (..., out_features), added to in place
-) -> Tensor:  # (..., out_features)
-    """C p of every token."""
-    flat = coordinates.flatten(0, -2)
-    if onto is None:
-        return (flat @ c.mT).view(*coordinates.shape[:-1], c.shape[0])
-    onto.view(-1, c.shape[0]).addmm_(flat, c.mT)
-    return onto

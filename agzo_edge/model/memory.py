@@ -144,7 +144,7 @@ def return_what_is_freed() -> None:
 
     glibc would keep blocks of up to 32 MiB in its heap for later ones, where gaps stay: a process then holds what
     one phase needed while the next runs, and nobody can tell beforehand how much (docs/decisions/0010). Nor may
-    oneDNN keep the code of a thousand 16-bit matmuls, one for each number of rows that it ever saw.
+    oneDNN keep a thousand 16-bit matmuls ready (docs/decisions/0034).
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_MATMULS))
     with suppress(OSError, AttributeError):  # glibc's alone

@@ -14,11 +14,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agzo_edge.model.linear import FrozenLinear
 from agzo_edge.model.weights import BaseWeight
+from agzo_edge.numerics.products import linear
 
 ALIGNMENT_BYTES = 256  # of each tensor within a block's buffer: what CUDA's own allocations keep to
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
@@ -172,7 +172,7 @@ class HostHead(FrozenLinear):
             self._part = None  # given back before the next one is asked for
             self._part = words.start, self.base.dense()[words].to(self.device, non_blocking=True)
         bias = None if self.bias is None else self.bias[words]
-        return F.linear(x, self._part[1], bias)
+        return linear(x, self._part[1], bias)
 
 
 def embed_on_host(module: nn.Embedding, *, device: torch.device) -> list[Any]:

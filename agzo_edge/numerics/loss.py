@@ -41,8 +41,7 @@ def label_losses(
         if hidden.requires_grad:  # the way back has more copies of a chunk: of a smaller one, so that no more is taken
             size = max(1, min(size, labels.shape[0]) // GRADIENT_PIECES)
         starts = range(0, labels.shape[0], size)
-        # In one piece of memory: of a slice of several streams torch makes a product for each, and copies the head.
-        pieces = ((hidden[:, i : i + size].contiguous(), labels[i : i + size]) for i in starts)
+        pieces = ((hidden[:, i : i + size], labels[i : i + size]) for i in starts)
         chunks = [_chunk_scores(head, states, wanted, words.start) for states, wanted in pieces]
         part_sum, part_label = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
         log_sum = part_sum if log_sum is None else torch.logaddexp(log_sum, part_sum)
@@ -56,7 +55,8 @@ def _chunk_scores(head: Head, hidden: Tensor, labels: Tensor, first_word: int) -
     """`part_scores` of a chunk; where a gradient is asked for, its logits are made again rather than kept."""
 
     def scores(states: Tensor) -> tuple[Tensor, Tensor]:
-        return part_scores(head(states), labels, first_word)
+        # Flat: of a slice with a stream dimension, even of one stream, torch makes batches and copies the head.
+        return part_scores(head(states.flatten(0, 1)).unflatten(0, states.shape[:2]), labels, first_word)
 
     if not hidden.requires_grad:
         return scores(hidden)

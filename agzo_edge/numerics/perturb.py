@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from agzo_edge.numerics.noise import Noise
+from agzo_edge.numerics.products import add_linear, in_blocks, linear
 
 
 def kernels_for(noise: Noise) -> Any | None:
@@ -62,11 +63,8 @@ def _spanned_product(
     """S inside + C Aᵀ x: one product with (S, C), so the output is written once, and nothing per example is wide."""
     if coefficients is not None:
         inside, span = torch.cat([inside, coordinates], dim=-1), torch.cat([span, coefficients], dim=1)
-    flat, weights = inside.flatten(0, 1), span.to(inside.dtype)
-    if onto is None:
-        return (flat @ weights.mT).view(*inside.shape[:-1], -1)
-    onto.view(-1, onto.shape[-1]).addmm_(flat, weights.mT)
-    return onto
+    weights = span.to(inside.dtype)
+    return linear(inside, weights) if onto is None else add_linear(onto, inside, weights)
 
 
 def _joined_product(
@@ -88,8 +86,9 @@ def _separate_product(
     result = coordinates.new_zeros(*coordinates.shape[:-1], noise.shape[1]) if onto is None else onto
     streams = len(factors)
     for part, p_part, factor in zip(result.chunk(streams), coordinates.chunk(streams), factors, strict=True):
-        part.baddbmm_(p_part, noise.mT, alpha=factor)
-    if coefficients is not None:
-        flat = coordinates.reshape(-1, coordinates.shape[-1])
-        result.view(-1, result.shape[-1]).addmm_(flat, coefficients.to(flat.dtype).mT)
-    return result
+        if in_blocks(coordinates):
+            for row, p_row, noise_row in zip(part, p_part, noise, strict=True):
+                add_linear(row, p_row, noise_row, factor=factor)
+        else:
+            part.baddbmm_(p_part, noise.mT, alpha=factor)
+    return result if coefficients is None else add_linear(result, coordinates, coefficients.to(result.dtype))

@@ -11,6 +11,7 @@ from checkpoints import llama_facts
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agzo_edge.budget.held import CPU_COLUMNS
 from agzo_edge.budget.job import DataShape, layer_bytes
 from agzo_edge.budget.memory import MemoryPlan, job_of, predicted_memory
 from agzo_edge.budget.plan import fitted_run, memory_plan, require_fits
@@ -18,6 +19,7 @@ from agzo_edge.budget.profile import load_profile
 from agzo_edge.budget.working import moments
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import BudgetError, ConfigError, ModelError
+from agzo_edge.numerics.products import WIDTH
 from agzo_edge.units import GIB, MIB
 
 FACTS = llama_facts()
@@ -372,3 +374,12 @@ def test_the_disk_holds_every_windows_bases_and_guides() -> None:
     inputs = 8 * (1024 + 4096)  # of o_proj and down_proj in each block
     assert component(plain, "bases", "disk") == 3 * inputs * 2 * 4
     assert component(guided, "bases", "disk") == 3 * (inputs * 2 + 8 * 2 * 1024 * 3) * 4
+
+
+def test_the_copy_of_the_folded_windows_is_as_wide_as_the_products_fill_it() -> None:
+    """On a CPU in 16 bit: 12 columns and 4 of zeros, beside the present window's."""
+    assert CPU_COLUMNS == WIDTH
+    config = config_from({"rank": 4, "adapter_rank": 6, "refresh_every": 5, "dtype": "bfloat16"})
+    width = sum(out + inp for out, inp in job_of(FACTS, config, CPU).targets.values())
+    on_cpu, on_gpu = (component(memory_plan(FACTS, config, profile), "adapter") for profile in (CPU, GPU))
+    assert on_cpu - on_gpu == width * 4 * 2

@@ -55,7 +55,7 @@ def test_the_size_of_a_chunk_does_not_matter(chunk: int) -> None:
     seen: list[int] = []
 
     def logits_of(states: Tensor) -> Tensor:
-        seen.append(states.shape[1])
+        seen.append(states.shape[0] // hidden.shape[0])
         return states @ head.T
 
     got = label_losses(hidden, labels, [(slice(0, VOCAB), logits_of)], chunk_bytes=chunk * 4 * VOCAB * 2)
