@@ -95,7 +95,8 @@ class Branch:
         if self.folded.rank == 0:
             return None
         if self._cast is None or self._cast[0] is not self.folded or self._cast[1].c.dtype is not dtype:
-            self._cast = self.folded, LowRank(*(whole_widths(part.to(dtype)) for part in (self.folded.c, self.folded.a)))
+            cast = (whole_widths(part.to(dtype)) for part in (self.folded.c, self.folded.a))
+            self._cast = self.folded, LowRank(*cast)
         return self._cast[1]
 
     def fold(self, *, keep_rank: int, random_bits: Callable[[], Tensor]) -> float:
