@@ -17,6 +17,7 @@ from agzo_edge.errors import ConfigError, numbered
 from agzo_edge.units import MIB, parse_bytes
 from agzo_edge.writers import ALL_LINEAR, writes_to_residual
 
+UNGUIDED_RANK = 2  # measured: docs/decisions/0032
 KEPT_CHECKPOINTS = 2  # the last one, and one before it in case the disk dies under the last
 
 
@@ -32,13 +33,15 @@ class AgzoConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    rank: int = Field(2, ge=1, le=64, description="Directions in a layer's basis (r in the paper).")
+    rank: int = Field(
+        8, ge=1, le=64, description="Directions in a layer's basis (r in the paper); without a guide 2 by default."
+    )
     guide: Literal["auto", "none", "head"] = Field(
         "auto",
-        description="Outputs that the noise spans: all, or, in the layers that write to the residual stream, those to "
-        "which the errors at the head point; auto takes head wherever it can.",
+        description="What the noise follows: nothing, or, in the layers that write to the residual stream, the "
+        "direction in which the errors at the head point; auto takes head wherever it can.",
     )
-    guide_rank: int = Field(2, ge=1, le=64, description="Directions that a guide leaves the noise.")
+    guide_memory: float = Field(0.5, ge=0, lt=1, description="Share of the last window's guide in the next one.")
     refresh_every: int = Field(
         5,
         ge=0,
@@ -68,7 +71,7 @@ class AgzoConfig(BaseModel):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum, and Adam's first decay.")
     adam_beta2: float = Field(0.99, ge=0, lt=1, description="Adam's second decay.")
-    learning_rate: float = Field(0.15, gt=0, description="Step length.")
+    learning_rate: float = Field(0.1, gt=0, description="Step length.")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="Course of the learning rate after the warm-up."
     )
@@ -149,12 +152,16 @@ class RunConfig(AgzoConfig, DataConfig):
     @model_validator(mode="before")
     @classmethod
     def _guide_is_chosen(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Settle what `auto` is: rewards have no derivative to guide by, other layers no way to be led."""
-        if given.get("guide", "auto") != "auto":
-            return given
-        targets = [str(name) for name in given.get("target_modules") or ()]
-        can_lead = not targets or any(name == ALL_LINEAR or writes_to_residual(name) for name in targets)
-        return {**given, "guide": "head" if can_lead and given.get("objective") != "reward" else "none"}
+        """Settle what `auto` is: rewards have no derivative to guide by, other layers no way to be led.
+
+        Full noise grows with the rank, a guide's does not: without one the basis has fewer directions by default.
+        """
+        guide = given.get("guide", "auto")
+        if guide == "auto":
+            targets = [str(name) for name in given.get("target_modules") or ()]
+            can_lead = not targets or any(name == ALL_LINEAR or writes_to_residual(name) for name in targets)
+            guide = "head" if can_lead and given.get("objective") != "reward" else "none"
+        return {**({"rank": UNGUIDED_RANK} if guide == "none" else {}), **given, "guide": guide}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

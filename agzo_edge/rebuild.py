@@ -23,9 +23,8 @@ def branches_of(header: Mapping[str, Any], *, device: torch.device | str = "cpu"
     """Untouched branches for the layers that a journal's header names: a replay needs no model."""
     layers = [(str(name), int(out_features), int(group)) for name, out_features, group in header["layers"]]
     config = header["config"]
-    guide_rank = int(config["guide_rank"]) if config["guide"] == "head" else 0
     widths = header["group_in_features"]
-    return make_branches(layers, widths, rank=int(config["rank"]), guide_rank=guide_rank, device=device)
+    return make_branches(layers, widths, rank=int(config["rank"]), guided=config["guide"] == "head", device=device)
 
 
 def bring_up_to(

@@ -14,7 +14,7 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.noise import draw_noise
 from agzo_edge.train.data import Batch
 from agzo_edge.train.learner import Learner
-from agzo_edge.train.step import agzo_step, find_bases, measure
+from agzo_edge.train.step import agzo_step, find_window, measure
 
 MU = 1e-2
 SIZES = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -83,7 +83,7 @@ def _projected(config: RunConfig, batch: Batch, *, mu: float) -> Tensor:
     """The projected gradients of the first step's noise, on bases found in float32 whatever the dtype."""
     model = random_model("tiny", config)
     bases = random_model("tiny", config.model_copy(update={"dtype": "float32"}))
-    find_bases(bases, [batch], config)
+    find_window(bases, [batch], config)
     for group, found in zip(model.groups, bases.groups, strict=True):
         group.basis = found.basis
     for branch, found in zip(model.branches, bases.branches, strict=True):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from agzo_edge.budget.job import FLOAT32_BYTES, Job, folded_rank
+from agzo_edge.writers import writes_to_residual
 
 SIGN_ENTRY_BYTES = 0.75  # packed bits, the words they came from, the index of each byte's eight signs
 GAUSSIAN_ENTRY_BYTES = 40  # float64 words, uniforms, radius, angle and values, on the CPU
@@ -96,6 +97,7 @@ def attention_output(job: Job) -> Moment:
         "attention's last layer",
         live=job.tokens * per_token * job.value_bytes + _kept_scores(job),
         shape=(facts.hidden_size, facts.query_width),
+        writes=True,
     )
 
 
@@ -137,8 +139,9 @@ def mlp(job: Job) -> Iterator[Moment]:
     yield Moment(name="MLP", activations=held + wide_tokens * live.product * m * b, mask=_mask_bytes(job))
     first_input = h * wide_tokens * (1 if job.exact or facts.block.positions_by_row else 0)
     first = held + (wide_tokens * live.first * m + first_input) * b
-    yield _at_layer(job, "MLP's first layers", live=first, shape=(live.outputs * m, h))
-    yield _at_layer(job, "MLP's last layer", live=held + (wide_tokens * live.last * m + last) * b, shape=(h, m))
+    yield _at_layer(job, "MLP's first layers", live=first, shape=(live.outputs * m, h), writes=False)
+    at_last = held + (wide_tokens * live.last * m + last) * b
+    yield _at_layer(job, "MLP's last layer", live=at_last, shape=(h, m), writes=True)
 
 
 def finding_bases(job: Job) -> Iterator[Moment]:
@@ -172,14 +175,19 @@ def drawn_noise(job: Job, out_features: int, *, directions: int, value_bytes: in
     return entries * max(GAUSSIAN_ENTRY_BYTES if job.on_cpu else 0, FLOAT32_BYTES + converted)
 
 
-def layer_noise(job: Job, out_features: int, *, output_bytes: float) -> float:
+def layer_noise(job: Job, out_features: int, *, writes: bool, output_bytes: float) -> float:
     """Bytes of one layer's noise in a pass, beside its output, at its fullest.
 
-    It is drawn for each example and copied to the example's rows; in float32 each stream then gets its own
-    multiple, and all of them are joined. That is before the output is there, unless folded windows have been
-    summed into it, or a basis is found in this pass. (A GPU's kernel reads packed signs, and takes less.)
+    A guided layer's is made of its coordinates: their multiples in float32, as they are computed with, and beside
+    those of the window. Full noise is drawn for each example and copied to the example's rows; in float32 each stream
+    then gets its own multiple, and all of them are joined. That is before the output is there, unless folded windows
+    have been summed into it, or a basis is found in this pass. (A GPU's kernel reads packed signs, and takes less.)
     """
     b, streams = job.value_bytes, 1 if job.exact else job.streams
+    if job.guided and writes:
+        return job.tokens * job.config.rank * (FLOAT32_BYTES + 3 * b)
+    if not any(writes_to_residual(name) == writes for name in job.targets):
+        return 0
     of_rows = job.rows / job.streams * out_features * job.config.rank * b
     gaussian = job.config.noise == "gaussian"
     stored = job.pass_directions * out_features * job.config.rank * FLOAT32_BYTES if gaussian else 0
@@ -200,10 +208,11 @@ def _at_layer(
     *,
     live: float,  # bytes, the layer's output among them
     shape: tuple[int, int],  # (out_features, in_features)
+    writes: bool,  # to the residual stream
 ) -> Moment:
     """A layer at work: its noise, and in float16 the weight that is held in float32 to be written to."""
     converted = shape[0] * shape[1] * job.value_bytes if job.opened and job.dtype == "float16" else 0
-    noise = layer_noise(job, shape[0], output_bytes=job.tokens * shape[0] * job.value_bytes)
+    noise = layer_noise(job, shape[0], writes=writes, output_bytes=job.tokens * shape[0] * job.value_bytes)
     return Moment(name=name, activations=live + converted, mask=_mask_bytes(job), noise=noise)
 
 

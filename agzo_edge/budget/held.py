@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from agzo_edge.budget.facts import input_groups
 from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job, folded_rank
 from agzo_edge.config import KEPT_CHECKPOINTS
-from agzo_edge.writers import writes_to_residual
 
 MOVABLE = ("weights", "embeddings")  # what offload moves
 CPU_COLUMNS = 16  # of the 16-bit copy, a multiple of it on a CPU: numerics/products.py fills it up
@@ -118,15 +117,15 @@ def accumulated_adapter(job: Job) -> Component:
 
 
 def window(job: Job) -> Component:
-    """The window in float32: each input's basis and the last one, coefficients, gradients and moments."""
-    rank = job.config.rank
-    bases = 2 * basis_entries(job)
+    """The window in float32: each input's basis and guide and the last ones, coefficients, gradients and moments."""
+    fixed = 2 * (basis_entries(job) + guide_entries(job))
     n_moments = MOMENTS[job.config.optimizer]
-    coefficients = (2 + n_moments) * sum(out * min(rank, inp) for out, inp in job.targets.values())
+    coefficients = (2 + n_moments) * coefficient_entries(job, job.targets)
     formula = (
-        f"rank {rank} x 4 B x (2 bases of each input, coefficients, gradient and {n_moments} moments of each layer)"
+        f"rank {job.config.rank} x 4 B x (2 bases of each input, 2 guides of {len(job.guided)} layers, "
+        f"coefficients, gradient and {n_moments} moments of {len(job.targets)})"
     )
-    return Component("window", (bases + coefficients) * FLOAT32_BYTES, "device", formula)
+    return Component("window", (fixed + coefficients) * FLOAT32_BYTES, "device", formula)
 
 
 def best_state(job: Job) -> Component:
@@ -135,7 +134,7 @@ def best_state(job: Job) -> Component:
     if not config.can_go_back:
         return Component("best state", 0, "host", "the run does not go back")
     width = sum(out + inp for out, inp in job.targets.values())
-    of_window = (1 + MOMENTS[config.optimizer]) * sum(out * min(config.rank, i) for out, i in job.targets.values())
+    of_window = (1 + MOMENTS[config.optimizer]) * coefficient_entries(job, job.targets) + guide_entries(job)
     n_bytes = (width * folded_rank(job) + basis_entries(job) + of_window) * FLOAT32_BYTES
     formula = f"(out + in) {width:,} x {folded_rank(job)} x 4 B, and a window of rank {config.rank}"
     return Component("best state", n_bytes, "device" if job.on_cpu else "host", formula)
@@ -154,11 +153,13 @@ def basis_entries(job: Job) -> int:
 
 
 def guide_entries(job: Job) -> int:
-    """Numbers in one window's guides: U (out, directions) of each layer that can be led."""
-    if job.config.guide == "none":
-        return 0
-    outputs = (out for name, (out, _) in job.targets.items() if writes_to_residual(name))
-    return sum(out * min(job.config.guide_rank, out) for out in outputs)
+    """Numbers in one window's guides: D (out, rank) of each layer that is led."""
+    return coefficient_entries(job, job.guided)
+
+
+def coefficient_entries(job: Job, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Numbers in the coefficients of these layers, (out, rank) each."""
+    return sum(out * min(job.config.rank, inp) for out, inp in shapes.values())
 
 
 def disk_components(job: Job) -> Iterator[Component]:

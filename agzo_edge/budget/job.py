@@ -6,6 +6,7 @@ from typing import Literal
 from agzo_edge.budget.facts import ModelFacts, StoredAs
 from agzo_edge.budget.profile import Profile
 from agzo_edge.config import RunConfig
+from agzo_edge.writers import writes_to_residual
 
 Where = Literal["device", "host", "mapped", "disk"]  # mapped: pages of files, which the kernel may drop
 
@@ -124,7 +125,17 @@ class Job:
     def finds_bases_in_pass(self) -> bool:
         """Whether a window's bases come out of the step's own pass, and not of plain ones before it."""
         whole = self.micro_examples == self.config.batch_size and self.config.mlp_chunk_tokens is None
-        return whole and self.streams == STREAMS
+        return whole and self.streams == STREAMS and self.config.guide == "none"
+
+    @property
+    def guided(self) -> dict[str, tuple[int, int]]:
+        """The layers whose noise follows a guide."""
+        return {} if self.config.guide == "none" else {n: s for n, s in self.targets.items() if writes_to_residual(n)}
+
+    @property
+    def freely_perturbed(self) -> dict[str, tuple[int, int]]:
+        """The layers that have full noise."""
+        return {name: shape for name, shape in self.targets.items() if name not in self.guided}
 
     def place_of(self, part: Literal["embeddings", "layers"]) -> Where:
         """Where `part` is held: on a CPU what waits is in a mapped file, beside a GPU in the host's memory."""

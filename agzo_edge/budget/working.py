@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from agzo_edge.budget.activations import Moment, block_moments, drawn_noise
-from agzo_edge.budget.held import basis_entries, workspace
+from agzo_edge.budget.held import basis_entries, coefficient_entries, guide_entries, workspace
 from agzo_edge.budget.job import FLOAT32_BYTES, STREAMS, Component, Job, folded_rank
 from agzo_edge.units import MIB
-from agzo_edge.writers import writes_to_residual
 
 CUDA_SLACK_SHARE = 0.05  # estimate: what torch's CUDA allocator rounds up or cannot reuse
 CPU_SLACK_BYTES = 6 * MIB  # measured: tensors below the threshold of malloc, which stay in the heap; Python's own
@@ -97,17 +96,13 @@ def answering(job: Job) -> Iterator[Moment]:
 def guiding(job: Job) -> Iterator[Moment]:
     """The plain pass that finds the guides, and the errors at its end.
 
-    Each guided layer keeps its U, every example's guess (out, rank), and the coordinates of one micro-batch: beside a
-    block where the step itself has no more rows, and beside the gradient of the last states, in float32 too. The
-    logits' way back goes in pieces that take less than a step's own chunk.
+    Each guided layer keeps the coordinates of one micro-batch, beside a block where the step itself has no more rows,
+    and beside the gradient of the last states, in float32 too; then its guess (out, rank). The logits' way back goes
+    in pieces that take less than a step's own chunk.
     """
-    facts, config = job.facts, job.config
+    facts = job.facts
     tokens = job.tokens // job.streams
-    shapes = [shape for name, shape in job.targets.items() if writes_to_residual(name)]
-    columns = config.guide_rank + config.batch_size * config.rank
-    kept = (
-        FLOAT32_BYTES * sum(out for out, _ in shapes) * columns + len(shapes) * tokens * config.rank * job.value_bytes
-    )
+    kept = FLOAT32_BYTES * guide_entries(job) + len(job.guided) * tokens * job.config.rank * job.value_bytes
     if job.streams == 1:
         fullest = max(block_moments(job), key=lambda moment: moment.n_bytes)
         yield replace(fullest, name=f"{fullest.name}, guiding", activations=fullest.activations + kept)
@@ -116,8 +111,8 @@ def guiding(job: Job) -> Iterator[Moment]:
 
 
 def updating(job: Job) -> Moment:
-    """The update: the whole batch's noise of the widest layer, drawn again in float32."""
-    widest = max(out for out, _ in job.targets.values())
+    """The update: the whole batch's full noise of the widest layer that has it, drawn again in float32."""
+    widest = max((out for out, _ in job.freely_perturbed.values()), default=0)
     noise = drawn_noise(job, widest, directions=job.directions, value_bytes=FLOAT32_BYTES)
     return Moment(name="update", noise=noise)
 
@@ -126,8 +121,8 @@ def saving(job: Job) -> Moment:
     """A checkpoint on its way to the disk: four copies of the adapter, or three of the learner's state and its best."""
     width = sum(out + inp for out, inp in job.targets.values())
     adapter = width * job.config.adapter_rank * FLOAT32_BYTES
-    coefficients = sum(out for out, _ in job.targets.values()) * job.config.rank
-    state = (width * folded_rank(job) + basis_entries(job) + coefficients) * FLOAT32_BYTES
+    of_window = basis_entries(job) + guide_entries(job) + coefficient_entries(job, job.targets)
+    state = (width * folded_rank(job) + of_window) * FLOAT32_BYTES
     state *= 2 if job.config.can_go_back else 1
     largest = max(out * inp for out, inp in job.targets.values())
     extracting = largest * EXTRACTING_BYTES if job.opened else 0
@@ -176,7 +171,7 @@ def host_components(job: Job) -> Iterator[Component]:
         return
     entries = max(tensor.n_entries for tensor in job.facts.tensors.values())
     yield Component("loader", STREAMS * entries * job.value_bytes, "host", "2 copies of the largest tensor")
-    widest = job.directions * max(out for out, _ in job.targets.values()) * job.config.rank
+    widest = job.directions * max((out for out, _ in job.freely_perturbed.values()), default=0) * job.config.rank
     n_bytes = 2 * -(-widest // 8) if job.config.noise == "sign" else widest * FLOAT32_BYTES * 11
     yield Component("noise", n_bytes, "host", f"random words of {widest:,} entries of the widest layer")
 

@@ -50,7 +50,7 @@ class Branch:
     folded: LowRank  # sum of the past windows, at most adapter_rank after compression
     c: Tensor  # (out_features, rank) float32: this window's coefficients
     moments: list[Tensor] = field(default_factory=list)  # the optimizer's state, shaped like c
-    guide: Tensor | None = None  # U (out_features, directions) float32: what the noise spans; None for everything
+    guide: Tensor | None = None  # D (out_features, rank) float32: the noise is e_b D; None for all directions
     scale: float = 1.0  # s: rms of y over rms length of Aᵀx; 1 when perturbations are absolute
     steps_in_window: int = 0  # updates that c holds; 0 says that c is zero
     held: HeldWeight | None = None  # the weight that windows are written into, when it is held dequantized
@@ -63,8 +63,11 @@ class Branch:
 
     def noise(self, kind: NoiseKind, n_examples: int, **key: int) -> Noise:
         """R of consecutive examples; `key`: seed, step, first_example."""
-        shape, key = (n_examples, *self.c.shape), {**key, "layer": self.index}
-        drawn = draw_noise(kind, shape, **key) if self.guide is None else guided_noise(kind, shape, self.guide, **key)
+        key["layer"] = self.index
+        if self.guide is None:
+            drawn = draw_noise(kind, (n_examples, *self.c.shape), **key)
+        else:
+            drawn = guided_noise(kind, n_examples, self.guide, **key)
         return drawn.placed(partial(sent, device=self.c.device))
 
     def learned(self) -> LowRank:
@@ -122,32 +125,30 @@ def make_branches(
     group_in_features: Sequence[int],
     *,
     rank: int,
-    guide_rank: int = 0,  # output directions of the noise in layers that write to the residual stream; 0 for all
+    guided: bool = False,  # whether the noise of layers that write to the residual stream follows a guide
     device: torch.device | str = "cpu",
 ) -> list[Branch]:
     """Untouched branches for `layers`; a group narrower than `rank` gets as many directions as it has."""
-
-    def guide_of(name: str, out_features: int) -> Tensor | None:
-        if not (guide_rank and writes_to_residual(name)):
-            return None
-        return starting_basis(out_features, min(guide_rank, out_features)).to(device)
 
     groups = [
         InputGroup(index, width, starting_basis(width, min(rank, width)).to(device))
         for index, width in enumerate(group_in_features)
     ]
-    return [
-        Branch(
-            name=name,
-            index=index,
-            group=groups[group],
-            out_features=out_features,
-            folded=zero_lowrank(out_features, groups[group].in_features, device=device),
-            c=torch.zeros(out_features, groups[group].rank, device=device),
-            guide=guide_of(name, out_features),
+    branches = []
+    for index, (name, out_features, group) in enumerate(layers):
+        c = torch.zeros(out_features, groups[group].rank, device=device)
+        branches.append(
+            Branch(
+                name=name,
+                index=index,
+                group=groups[group],
+                out_features=out_features,
+                folded=zero_lowrank(out_features, groups[group].in_features, device=device),
+                c=c,
+                guide=torch.zeros_like(c) if guided and writes_to_residual(name) else None,
+            )
         )
-        for index, (name, out_features, group) in enumerate(layers)
-    ]
+    return branches
 
 
 def set_learned(branches: Sequence[Branch], changes: Mapping[str, LowRank]) -> None:

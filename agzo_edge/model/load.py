@@ -65,7 +65,7 @@ def edge_model(network: Any, tokenizer: Any, config: RunConfig, *, source: str) 
     settle(model, config)
     n_parameters = sum(layer.out_features * layer.in_features for layer in model.frozen_layers.values())
     use_threads(config.threads, n_parameters=n_parameters)
-    attach_branches(model, rank=config.rank, guide_rank=config.guide_rank if config.guide == "head" else 0)
+    attach_branches(model, rank=config.rank, guided=config.guide == "head")
     if config.guide == "head":
         require_guidable(model)
     give_back(device)

@@ -125,7 +125,7 @@ class EdgeModel:
         return digest.hexdigest()
 
 
-def attach_branches(model: EdgeModel, *, rank: int, guide_rank: int = 0) -> None:
+def attach_branches(model: EdgeModel, *, rank: int, guided: bool = False) -> None:
     """Give every BranchedLinear of the model an untouched branch; layers with the same input share a basis.
 
     Who shares is seen, not guessed from names: a tiny forward records which tensor each layer was given.
@@ -153,7 +153,7 @@ def attach_branches(model: EdgeModel, *, rank: int, guide_rank: int = 0) -> None
             tensors.append(x)
         layers.append((name, layer.out_features, group))
     widths = [x.shape[-1] for x in tensors]
-    model.branches = make_branches(layers, widths, rank=rank, guide_rank=guide_rank, device=model.device)
+    model.branches = make_branches(layers, widths, rank=rank, guided=guided, device=model.device)
     for branch, layer in zip(model.branches, model.layers.values(), strict=True):
         layer.branch = branch
         branch.held = layer.base if isinstance(layer.base, HeldWeight) else None

@@ -76,25 +76,6 @@ def next_basis(product: Tensor, previous: Tensor) -> Tensor:
     return orthonormal(torch.where(beyond < ROUNDING, previous, columns))
 
 
-def output_basis(
-    guesses: Tensor,  # (examples, out_features, rank): each example's guess at its part of dL/dC
-    previous: Tensor,  # (out_features, directions) float32, orthonormal
-) -> Tensor:  # (out_features, directions) float32, orthonormal columns
-    """The span of the guesses' sum and, where it leaves room, of the directions in which they are largest.
-
-    The latter are the leading left singular vectors of all guesses side by side, found from the small Gram matrix.
-    Where there are too few of them, or some are not finite, the old directions stay.
-    """
-    if not guesses.isfinite().all():
-        return previous
-    beside = guesses.movedim(0, 1).flatten(1).double()  # (out_features, examples rank)
-    _, vectors = torch.linalg.eigh(beside.mT @ beside)  # ascending
-    columns = torch.cat([guesses.sum(0), (beside @ vectors.flip(1)).float()], dim=1)[:, : previous.shape[1]]
-    product = torch.zeros_like(previous)
-    product[:, : columns.shape[1]] = columns
-    return next_basis(product, previous)
-
-
 def activation_basis(
     inputs: Tensor,  # (tokens, in_features)
     start: Tensor,  # (in_features, rank) float32, orthonormal: the previous window's basis

@@ -80,8 +80,8 @@ def gradient_estimate(
 ) -> Tensor:  # (out_features, rank) float32
     """The estimate of dL/dC, sum_b w_b g_b R_b. Source: AGZO with a direction for each example, DESIGN 2."""
     weighted = weighted.float()
-    if noise.span is not None:
-        return noise.span @ gradient_estimate(noise.inside, weighted)
+    if noise.guide is not None:
+        return (weighted @ noise.entries().flatten()) * noise.guide
     if (kernels := kernels_for(noise)) is not None:
         return kernels.weighted_signs(noise.stored, weighted, shape=noise.shape[1:])
     return (weighted @ noise.dense().flatten(1)).view(noise.shape[1:])

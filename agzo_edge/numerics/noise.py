@@ -25,30 +25,29 @@ NoiseKind = Literal["sign", "gaussian"]
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise R of one layer, a slice for each example: packed signs or Gaussian values E, or S E of a span S."""
+    """The noise R of one layer, a slice for each example: packed signs or Gaussian values E, or e_b D, D a guide."""
 
-    shape: tuple[int, int, int]  # (examples, out_features, rank); inside a span (examples, directions, rank)
+    shape: tuple[int, int, int]  # of E: (examples, out_features, rank); along a guide (examples, 1, 1)
     stored: Tensor  # (examples, bytes) uint8 of `sign_bits`, or the values themselves in float32
-    span: Tensor | None = None  # S (out_features, directions) float32; None: all directions, R = E
+    guide: Tensor | None = None  # D (out_features, rank) float32; None: all directions, R = E
 
     @property
     def is_packed(self) -> bool:
         """Whether `stored` holds a bit for each entry."""
         return self.stored.dtype is torch.uint8
 
-    @property
-    def inside(self) -> "Noise":
-        """E, the noise by its coordinates in the span."""
-        return replace(self, span=None)
-
     def placed(self, place: Callable[[Tensor], Tensor]) -> "Noise":
         """The same noise, stored where `place` puts it."""
         return replace(self, stored=place(self.stored))
 
+    def entries(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """E, of `shape`."""
+        return unpack_signs(self.stored, self.shape, dtype) if self.is_packed else self.stored.to(dtype)
+
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The entries (examples, out_features, rank)."""
-        entries = unpack_signs(self.stored, self.shape, dtype) if self.is_packed else self.stored.to(dtype)
-        return entries if self.span is None else self.span.to(dtype) @ entries
+        """R (examples, out_features, rank)."""
+        entries = self.entries(dtype)
+        return entries if self.guide is None else entries * self.guide.to(dtype)
 
 
 def raw_words(
@@ -146,17 +145,33 @@ def draw_noise(
 
 def guided_noise(
     kind: NoiseKind,
-    shape: tuple[int, int, int],  # (examples, out_features, rank)
-    guide: Tensor,  # U (out_features, directions) float32, orthonormal columns
+    n_examples: int,
+    guide: Tensor,  # D (out_features, rank) float32
     **key: int,
 ) -> Noise:
-    """The noise R = sqrt(out_features / directions) U E, E drawn as `draw_noise` does.
+    """The noise R_b = e_b D: one random number for each example, drawn as `draw_noise` does.
 
-    Its entries have mean square 1, as those of full noise have; with as many directions as outputs it is full noise.
-    Source: guided directions, Maheswaranathan et al., arXiv 1806.10230, here on the side of the outputs, as AGZO's
-    basis is on that of the inputs.
+    Source: guided directions, Maheswaranathan et al., arXiv 1806.10230, with one direction for each layer.
     """
-    n_examples, out_features, rank = shape
-    directions = guide.shape[1]
-    drawn = draw_noise(kind, (n_examples, directions, rank), **key)
-    return replace(drawn, span=guide * (out_features / directions) ** 0.5)
+    return replace(draw_noise(kind, (n_examples, 1, 1), **key), guide=guide)
+
+
+def next_guide(
+    guess: Tensor,  # (out_features, rank): a batch's guess at dL/dC
+    previous: Tensor,  # (out_features, rank) float32: the guide before, in the present basis
+    *,
+    memory: float,
+) -> Tensor:  # (out_features, rank) float32, of mean square 1 or zero
+    """The direction of the guess, with `memory` of the guide before: what agrees from batch to batch adds up.
+
+    A guess that is zero, or not finite, leaves the guide before.
+    """
+    return _unit(memory * _unit(previous) + (1.0 - memory) * _unit(guess.float()))
+
+
+def _unit(direction: Tensor) -> Tensor:
+    """The direction with mean square 1, as full noise of signs has; zero for zero and for what is not finite."""
+    direction = torch.where(direction.isfinite().all(), direction, 0.0)
+    tiny = torch.finfo(torch.float32).tiny
+    direction = direction / direction.abs().max().clamp_min(tiny)  # first: squares of the smallest numbers are zero
+    return direction / direction.square().mean().sqrt().clamp_min(tiny)

@@ -39,9 +39,10 @@ def perturbed_product(
 
     Source: AGZO, arXiv 2601.17261, the perturbation mu R Aᵀ, here on the layer's output.
     """
-    if noise.span is not None:
-        inside = perturbed_product(coordinates, noise.inside, example=example, factors=factors)
-        return _spanned_product(inside, noise.span, coordinates=coordinates, coefficients=coefficients, onto=onto)
+    if noise.guide is not None:
+        of_rows = noise.entries().flatten()[example]
+        along = coordinates * torch.cat([of_rows * factor for factor in factors]).view(-1, 1, 1)
+        return _guided_product(along, noise.guide, coordinates=coordinates, coefficients=coefficients, onto=onto)
     if (kernels := kernels_for(noise)) is not None:
         product: Tensor = kernels.perturbed_product(
             coordinates, noise, example=example, factors=factors, coefficients=coefficients, onto=onto
@@ -52,19 +53,20 @@ def perturbed_product(
     return product_in(coordinates, of_rows, factors=factors, coefficients=coefficients, onto=onto)
 
 
-def _spanned_product(
-    inside: Tensor,  # (streams * rows, tokens, directions): factor E_b Aᵀ x
-    span: Tensor,  # (out_features, directions) float32
+def _guided_product(
+    along: Tensor,  # (streams * rows, tokens, rank): factor e_b Aᵀ x
+    guide: Tensor,  # D (out_features, rank) float32
     *,
     coordinates: Tensor,
     coefficients: Tensor | None,
     onto: Tensor | None,
 ) -> Tensor:  # (streams * rows, tokens, out_features)
-    """S inside + C Aᵀ x: one product with (S, C), so the output is written once, and nothing per example is wide."""
+    """D along + C Aᵀ x: one product with (D, C), so the output is written once, and nothing per example is wide."""
+    along, weights = along.to(coordinates.dtype), guide
     if coefficients is not None:
-        inside, span = torch.cat([inside, coordinates], dim=-1), torch.cat([span, coefficients], dim=1)
-    weights = span.to(inside.dtype)
-    return linear(inside, weights) if onto is None else add_linear(onto, inside, weights)
+        along, weights = torch.cat([along, coordinates], dim=-1), torch.cat([guide, coefficients], dim=1)
+    weights = weights.to(along.dtype)
+    return linear(along, weights) if onto is None else add_linear(onto, along, weights)
 
 
 def _joined_product(

@@ -1,7 +1,7 @@
 """The bases of a window on disk: what replay cannot compute again bit for bit.
 
 `bases/step-00000025.safetensors` holds, for the window that opened at step 25, each input group's basis
-(in_features, rank) float32, each guided layer's guide (out_features, directions) float32 and the scales of the
+(in_features, rank) float32, each guided layer's guide (out_features, rank) float32 and the scales of the
 layers, float64, with a checksum (tensors.py).
 """
 
@@ -27,7 +27,7 @@ class WindowBases:
 
     bases: Mapping[int, Tensor]  # by input group: (in_features, rank) float32
     scales: Sequence[float]  # by layer
-    guides: Mapping[int, Tensor] = field(default_factory=dict)  # by layer: (out_features, directions) float32
+    guides: Mapping[int, Tensor] = field(default_factory=dict)  # by layer: (out_features, rank) float32
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""

@@ -26,7 +26,7 @@ from agzo_edge.record.strict_json import strict_object
 from agzo_edge.units import MIB
 
 FORMAT = "agzo-edge journal"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_LINE_BYTES = 64 * MIB  # a step of 10,000 examples takes half a MiB
 _RESERVED = ("format", "format_version", "first_step", "crc")
 _CHECKSUM = re.compile(rb',"crc":"([0-9a-f]{8})"}\n')

@@ -159,22 +159,30 @@ def begin_window(model: EdgeModel, batches: Sequence[Batch], config: RunConfig, 
     """What is left to the step's own pass of finding the window's bases, scales and guides.
 
     Bases may wait for it where it sees the whole batch, no part of which may shape a basis alone. Guides may not: the
-    noise is drawn in them. They take a plain pass before it, in which the bases are then found as well.
+    noise goes along them. They take a plain pass before it, in which the bases are then found as well.
     """
-    if not is_one_pass(batches, config):
-        find_window(model, batches, config, goal=goal)
-    elif config.guide == "none":
+    in_one = is_one_pass(batches, config)
+    if in_one and config.guide == "none":
         return Refresh.IN_PASS
-    else:
-        find_guides(model, batches, goal or GOALS[config.objective], refresh=Refresh.IN_PASS)
+    find_window(model, batches, config, goal=goal, refresh=Refresh.IN_PASS if in_one else Refresh.NONE)
     return Refresh.NONE
 
 
-def find_window(model: EdgeModel, batches: Sequence[Batch], config: RunConfig, *, goal: Goal | None = None) -> None:
-    """Find bases, scales and guides in plain passes."""
-    find_bases(model, batches, config)
+def find_window(
+    model: EdgeModel,
+    batches: Sequence[Batch],
+    config: RunConfig,
+    *,
+    goal: Goal | None = None,
+    refresh: Refresh = Refresh.NONE,
+) -> None:
+    """Find bases, scales and guides in plain passes; with `refresh` IN_PASS the bases in that of the guides."""
+    old_bases = {group.index: group.basis for group in model.groups}
+    if refresh is Refresh.NONE:
+        find_bases(model, batches, config)
     if config.guide != "none":
-        find_guides(model, batches, goal or GOALS[config.objective], refresh=Refresh.NONE)
+        goal = goal or GOALS[config.objective]
+        find_guides(model, batches, goal, memory=config.guide_memory, old_bases=old_bases, refresh=refresh)
 
 
 def find_bases(model: EdgeModel, batches: Sequence[Batch], config: RunConfig) -> None:

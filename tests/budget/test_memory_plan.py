@@ -76,10 +76,10 @@ def test_more_of_a_setting_never_needs_less_memory(field: str, config: RunConfig
 
 
 def test_a_guide_keeps_guesses_and_takes_no_more_logits_than_a_step() -> None:
-    settings = {"logits_chunk": 2**20, "batch_size": 4, "max_seq_length": 256, "rank": 4, "guide_rank": 4}
+    settings = {"logits_chunk": 2**20, "batch_size": 4, "max_seq_length": 256, "rank": 4}
     plain, guided = (job_of(WIDE, config_from({**settings, **more}), CPU) for more in ({"guide": "none"}, {}))
     guide = next(moment for moment in moments(guided) if moment.name == "guide")
-    kept = 4 * 16 * 1024 * (4 + 4 * 4) + 16 * 4 * 256 * 4 * 4  # 16 layers: U and guesses, coordinates
+    kept = 4 * 16 * 1024 * 4 + 16 * 4 * 256 * 4 * 4  # 16 layers: guesses, coordinates
     assert guide.activations == kept + 4 * 256 * 1024 * (3 * 4 + 4)
     assert guide.logits == next(moment for moment in moments(plain) if moment.name == "logits").logits
     assert all("guid" not in moment.name for moment in moments(plain))
@@ -369,11 +369,11 @@ def test_the_lines_of_a_large_file_are_counted_where_they_are_held() -> None:
 
 
 def test_the_disk_holds_every_windows_bases_and_guides() -> None:
-    settings = {"rank": 2, "guide_rank": 3, "refresh_every": 5, "max_steps": 11}
+    settings = {"rank": 2, "refresh_every": 5, "max_steps": 11}
     guided, plain = (memory_plan(WIDE, config_from({**settings, "guide": g}), CPU) for g in ("head", "none"))
     inputs = 8 * (1024 + 4096)  # of o_proj and down_proj in each block
     assert component(plain, "bases", "disk") == 3 * inputs * 2 * 4
-    assert component(guided, "bases", "disk") == 3 * (inputs * 2 + 8 * 2 * 1024 * 3) * 4
+    assert component(guided, "bases", "disk") == 3 * (inputs * 2 + 8 * 2 * 1024 * 2) * 4
 
 
 def test_the_copy_of_the_folded_windows_is_as_wide_as_the_products_fill_it() -> None:

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from agzo_edge.numerics.basis import starting_basis
 from agzo_edge.numerics.noise import (
     NoiseKind,
     draw_noise,
     gaussian_noise,
     guided_noise,
+    next_guide,
     raw_words,
     rounding_bits,
     sign_bits,
@@ -144,24 +144,36 @@ def test_rounding_bits_are_uniform_and_their_own() -> None:
 
 
 @FEW
-@given(
-    kind=st.sampled_from(["sign", "gaussian"]),
-    out_features=st.integers(2, 30),
-    rank=st.integers(1, 5),
-    directions=st.integers(1, 6),
-)
-def test_guided_noise_lies_in_its_guide_and_is_as_large_as_full_noise(
-    kind: NoiseKind, out_features: int, rank: int, directions: int
+@given(kind=st.sampled_from(["sign", "gaussian"]), out_features=st.integers(1, 30), rank=st.integers(1, 5))
+def test_guided_noise_is_a_random_multiple_of_the_guide_for_each_example(
+    kind: NoiseKind, out_features: int, rank: int
 ) -> None:
-    guide = starting_basis(out_features, min(directions, out_features))
-    noise = guided_noise(kind, (3, out_features, rank), guide, first_example=0, **KEY)
-    assert noise.stored.shape[0] == 3
-    r = noise.dense()
-    assert_close(guide @ (guide.T @ r), r, rtol=1e-4, atol=1e-4)
-    if kind == "sign":
-        assert float(r.square().mean()) == pytest.approx(1.0, rel=1e-4)
+    guide = torch.linspace(-1, 2, out_features * rank).view(out_features, rank)
+    noise = guided_noise(kind, 3, guide, first_example=0, **KEY)
+    multiples = draw_noise(kind, (3, 1, 1), first_example=0, **KEY).dense()
+    assert torch.equal(noise.dense(), multiples * guide)
+    later = guided_noise(kind, 2, guide, first_example=1, **KEY)
+    assert torch.equal(later.dense(), noise.dense()[1:])
 
 
-def test_a_guide_with_every_direction_leaves_full_noise() -> None:
-    guided = guided_noise("sign", (2, 7, 3), torch.eye(7), first_example=1, **KEY)
-    assert torch.equal(guided.dense(), draw_noise("sign", (2, 7, 3), first_example=1, **KEY).dense())
+DIRECTIONS = st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=6, max_size=6)
+
+
+@FEW
+@given(guess=DIRECTIONS, previous=DIRECTIONS, memory=st.floats(0, 0.99))
+def test_a_guide_has_the_size_of_signs_whatever_it_is_made_from(
+    guess: list[float], previous: list[float], memory: float
+) -> None:
+    made = next_guide(torch.tensor(guess).view(3, 2), torch.tensor(previous).view(3, 2), memory=memory)
+    size = float(made.square().mean())
+    assert size == pytest.approx(1.0, rel=1e-4) or (size == 0.0)
+
+
+def test_a_guide_is_the_mean_of_two_directions_and_outlives_a_guess_that_says_nothing() -> None:
+    guess, previous = torch.randn(5, 3), torch.randn(5, 3)
+    unit = [x / x.square().mean().sqrt() for x in (guess, previous)]
+    mixed = 0.7 * unit[0] + 0.3 * unit[1]
+    assert_close(next_guide(1e-20 * guess, 5e9 * previous, memory=0.3), mixed / mixed.square().mean().sqrt())
+    for nothing in (torch.zeros(5, 3), torch.full((5, 3), torch.nan), torch.full((5, 3), torch.inf)):
+        assert_close(next_guide(nothing, previous, memory=0.3), unit[1])
+    assert not next_guide(torch.zeros(5, 3), torch.zeros(5, 3), memory=0.3).any()

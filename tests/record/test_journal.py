@@ -143,17 +143,17 @@ def test_resume_refuses_a_damaged_line_before_a_good_one_and_changes_nothing(tmp
     assert path.read_bytes() == content
 
 
-HEADER_LINE = _checked(b'{"format":"agzo-edge journal","format_version":1,"first_step":0}')
+HEADER_LINE = _checked(b'{"format":"agzo-edge journal","format_version":2,"first_step":0}')
 
 
 @pytest.mark.parametrize(
     ("lines", "fault"),
     [
         (b"", "line 1 is no sound header"),
-        (_checked(b'{"format":"agzo-edge journal","format_version":2,"first_step":0}'), "version 2; this"),
-        (_checked(b'{"format":"other","format_version":1,"first_step":0}'), "'other'"),
-        (_checked(b'{"format":"agzo-edge journal","format_version":1,"first_step":-1}'), "first_step is -1"),
-        (_checked(b'{"format":"agzo-edge journal","format_version":1}'), "first_step is None"),
+        (_checked(b'{"format":"agzo-edge journal","format_version":1,"first_step":0}'), "version 1; this"),
+        (_checked(b'{"format":"other","format_version":2,"first_step":0}'), "'other'"),
+        (_checked(b'{"format":"agzo-edge journal","format_version":2,"first_step":-1}'), "first_step is -1"),
+        (_checked(b'{"format":"agzo-edge journal","format_version":2}'), "first_step is None"),
         (HEADER_LINE + _checked(b'{"step":1}'), "line 2: step is 1, and 0 was due"),
         (HEADER_LINE + _checked(b'{"step":false}'), "step is False"),
         (HEADER_LINE + _checked(b'{"step":0.0}'), "step is 0.0"),

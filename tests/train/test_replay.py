@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "narrow": {"refresh_every": 1, "adapter_rank": 2, "rank": 2},
     "cosine": {"lr_schedule": "cosine", "warmup_steps": 2, "max_steps": 9},
     "one basis": {"refresh_every": 0},
-    "guided": {"guide": "head", "guide_rank": 3},
+    "guided": {"guide": "head"},
 }
 
 
@@ -46,7 +46,7 @@ def test_records_and_bases_give_the_same_bytes(case: str, micro_batch_size: int)
             [(b.name, b.out_features, b.group.index) for b in model.branches],
             [group.in_features for group in model.groups],
             rank=config.rank,
-            guide_rank=config.guide_rank if config.guide == "head" else 0,
+            guided=config.guide == "head",
         ),
         config,
     )

@@ -31,7 +31,7 @@ from agzo_edge.numerics.basis import starting_basis
 from agzo_edge.numerics.noise import draw_noise
 from agzo_edge.train.data import Batch
 from agzo_edge.train.learner import Learner
-from agzo_edge.train.step import StepRecord, agzo_step, find_bases, measure
+from agzo_edge.train.step import StepRecord, agzo_step, find_bases, find_window, measure
 
 EXACT = {"difference": "exact"}
 
@@ -81,7 +81,7 @@ def prepared(family: str = "llama", **settings: Any) -> tuple[EdgeModel, Batch, 
     teach_at_random(model)
     for branch in model.branches:
         branch.fold(keep_rank=99, random_bits=lambda: torch.zeros(0))
-    find_bases(model, [batch], config)
+    find_window(model, [batch], config)
     return model, batch, config
 
 
