@@ -130,6 +130,7 @@ class Agzo:
         for branch in self.model.branches:
             branch.c = torch.zeros(branch.out_features, branch.group.rank)
             branch.scale = 1.0
+            branch.guide = None if branch.guide is None else torch.zeros_like(branch.c)  # none before to remember
         find_window(self.model, [batch], self.config)
 
     def _estimates(self, batch: Batch, *, step: int) -> list[Tensor]:

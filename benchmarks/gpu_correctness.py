@@ -87,5 +87,5 @@ def _projected(config: RunConfig, batch: Batch, *, mu: float) -> Tensor:
     for group, found in zip(model.groups, bases.groups, strict=True):
         group.basis = found.basis
     for branch, found in zip(model.branches, bases.branches, strict=True):
-        branch.scale = found.scale
+        branch.scale, branch.guide = found.scale, found.guide
     return measure(model, [batch], step=0, mu=mu, config=config)[0].projected
