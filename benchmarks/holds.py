@@ -16,7 +16,6 @@ in batches of each thread) and is told apart.
 
 import gc
 import json
-import math
 import os
 import random
 import sys
@@ -101,7 +100,7 @@ def main() -> None:
     parser = parser_of("holds", __doc__ or "")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so long")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after so long")
     parser.add_argument("--models", type=Path, help="where the models are kept; by default they are thrown away")
     arguments = parser.parse_args()
     if arguments.quick:

@@ -11,7 +11,6 @@ No GPU: the CPU's plan alone is tried.
 
 import gc
 import json
-import math
 import os
 import random
 import re
@@ -246,7 +245,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", type=Path, help="where the models are kept; by default they are thrown away")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so long")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after so long")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of combinations to run alone")
     arguments = parser.parse_args()
     if arguments.quick:

@@ -25,9 +25,6 @@ def demo_settings() -> dict[str, object]:
         "data": str(DATA_DIR / TRAIN_NAME),
         "eval_data": str(DATA_DIR / VALID_NAME),
         "max_seq_length": 64,
-        "max_steps": 400,
+        "max_steps": 200,
         "eval_steps": 50,
-        # A short run on one frame of words takes a larger step and more directions than the defaults.
-        "learning_rate": 0.2,
-        "rank": 8,
     }

@@ -19,7 +19,7 @@ _METHOD = (
 
 _GUIDE = (
     "Once in a window of steps it also used the error at the model's head (back-propagation through the head and the "
-    "last norm only) to choose the directions of its noise."
+    "last norm only) to choose the direction of each layer's noise."
 )
 
 
