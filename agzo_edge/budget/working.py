@@ -19,7 +19,10 @@ CPU_SLACK_BYTES = 6 * MIB  # measured: tensors below the threshold of malloc, wh
 CPU_MATMUL_BYTES = 15 * MIB  # measured, AVX-512: the code of 16-bit matmuls that oneDNN keeps, and its buffers
 CPU_SLACK_SHARE = 0.01  # measured: pages, and the heap's gaps
 NEXT_TOKEN_BYTES = 4 * FLOAT32_BYTES + 2 * 8  # for each word, while a token is drawn
-EXACT_COPIES = 4  # float32 copies of a chunk of logits and its tangent, in log-sum-exp; beside both in 16 bit
+LOGITS_COPIES = 2  # float32 copies of a chunk of logits, in log-sum-exp
+EXACT_COPIES = 4  # with its tangent
+GUIDE_COPIES = 5  # with the way back
+GUIDE_PIECES = 8  # of a chunk, where a gradient is asked for: numerics/loss.py
 WRITING_BYTES = 12  # for each weight: the change, the sum, the random bits of its rounding
 WRITING_BFLOAT16_BYTES = 20  # and the two integers that the rounding goes through
 EXTRACTING_BYTES = 12  # for each weight: as held and as it was in float32, the change
@@ -58,24 +61,25 @@ def moments(job: Job) -> Iterator[Moment]:
 def logits(job: Job) -> Moment:
     """The states that predict a label, and one chunk of their logits.
 
-    A chunk holds at most `logits_chunk` bytes of float32; log-sum-exp has it twice, a model that caps its
-    logits three times in the compute dtype, exact differences four times. Of a head that waits
-    on the host only a part of the words is there at once.
+    A chunk holds at most `logits_chunk` bytes of float32; log-sum-exp has it twice, exact differences four times. A
+    model that caps its logits has one copy more in float32, three with the tangent.
     """
-    facts, b, chunk_bytes = job.facts, job.value_bytes, job.config.logits_chunk
     streams = 1 if job.exact else job.streams
+    words, at_once = _chunk(job, streams=streams)
+    caps = job.facts.caps_logits and job.value_bytes == FLOAT32_BYTES
+    copies = EXACT_COPIES + 3 * caps if job.exact else LOGITS_COPIES + caps
+    gathered = job.rows * job.label_tokens * job.facts.hidden_size * job.value_bytes
+    return Moment(name="logits", activations=gathered, logits=FLOAT32_BYTES * streams * at_once * words * copies)
+
+
+def _chunk(job: Job, *, streams: int) -> tuple[int, int]:
+    """The words and the label positions of a chunk of logits; of a head on the host only a part is there at once."""
+    facts, chunk_bytes = job.facts, job.config.logits_chunk
     positions = job.rows // job.streams * job.label_tokens
     words = facts.vocab_size
     if job.place_of("embeddings") == "host":
-        words = min(words, max(1, chunk_bytes // (facts.hidden_size * b)))
-    at_once = min(positions, max(1, chunk_bytes // (FLOAT32_BYTES * words * streams)))
-    entry_bytes = max(2 * FLOAT32_BYTES, 3 * b if facts.caps_logits else 0, b + job.extra_float32_bytes)
-    if job.exact:
-        in_16_bit = 2 * b if b < FLOAT32_BYTES else 0
-        entry_bytes = FLOAT32_BYTES * (EXACT_COPIES + (3 if facts.caps_logits else 0)) + in_16_bit
-    gathered = positions * job.streams * facts.hidden_size * b
-    chunk = streams * at_once * words * entry_bytes
-    return Moment(name="logits", activations=gathered, logits=chunk)
+        words = min(words, max(1, chunk_bytes // (facts.hidden_size * job.value_bytes)))
+    return words, min(positions, max(1, chunk_bytes // (FLOAT32_BYTES * words * streams)))
 
 
 def answering(job: Job) -> Iterator[Moment]:
@@ -98,7 +102,7 @@ def guiding(job: Job) -> Iterator[Moment]:
 
     Each guided layer keeps the coordinates of one micro-batch, beside a block where the step itself has no more rows,
     and beside the gradient of the last states, in float32 too; then its guess (out, rank). The logits' way back goes
-    in pieces that take less than a step's own chunk.
+    in pieces of a chunk, of five float32 copies each, six where they are capped.
     """
     facts = job.facts
     tokens = job.tokens // job.streams
@@ -107,7 +111,9 @@ def guiding(job: Job) -> Iterator[Moment]:
         fullest = max(block_moments(job), key=lambda moment: moment.n_bytes)
         yield replace(fullest, name=f"{fullest.name}, guiding", activations=fullest.activations + kept)
     states = tokens * facts.hidden_size * (3 * job.value_bytes + FLOAT32_BYTES)
-    yield Moment(name="guide", activations=kept + states, logits=logits(job).logits)
+    words, at_once = _chunk(job, streams=1)
+    piece = max(1, at_once // GUIDE_PIECES) * words * FLOAT32_BYTES * (GUIDE_COPIES + facts.caps_logits)
+    yield Moment(name="guide", activations=kept + states, logits=piece)
 
 
 def updating(job: Job) -> Moment:

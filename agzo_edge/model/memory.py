@@ -135,6 +135,14 @@ def give_back(device: torch.device) -> None:
     """Let the allocator return to the system what it holds and does not use."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give the heap's gaps back: what is smaller than RETURNED_BYTES stays there when it is freed.
+
+    Between a small model's layers and its logits these were 10 to 15 MiB, for 1 to 3 % of a step (measured).
+    """
     with suppress(OSError, AttributeError):  # glibc's alone; others do it by themselves
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from agzo_edge.data_config import Objective
 from agzo_edge.model.device import exact_attention
+from agzo_edge.model.memory import trim_heap
 from agzo_edge.model.passes import Perturbation, Refresh
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.loss import choice_losses, label_losses, option_table, row_sums
@@ -121,5 +122,7 @@ def label_sums(model: EdgeModel, batch: Batch) -> Tensor:  # (streams, rows) flo
     hidden = model.hidden_states(batch.input_ids.repeat(streams, 1), batch.attention_mask.repeat(streams, 1))
     hidden = hidden.unflatten(0, (streams, -1))[:, row, token]
     labels = batch.input_ids[row, token + 1]
+    if hidden.device.type == "cpu":
+        trim_heap()
     losses = label_losses(hidden, labels, model.head_parts(), chunk_bytes=model.logits_chunk_bytes)
     return row_sums(losses, row, batch.input_ids.shape[0])

@@ -16,9 +16,10 @@ from agzo_edge.budget.job import DataShape, layer_bytes
 from agzo_edge.budget.memory import MemoryPlan, job_of, predicted_memory
 from agzo_edge.budget.plan import fitted_run, memory_plan, require_fits
 from agzo_edge.budget.profile import load_profile
-from agzo_edge.budget.working import moments
+from agzo_edge.budget.working import GUIDE_COPIES, GUIDE_PIECES, moments
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import BudgetError, ConfigError, ModelError
+from agzo_edge.numerics.loss import GRADIENT_PIECES
 from agzo_edge.numerics.products import WIDTH
 from agzo_edge.units import GIB, MIB
 
@@ -81,7 +82,10 @@ def test_a_guide_keeps_guesses_and_takes_no_more_logits_than_a_step() -> None:
     guide = next(moment for moment in moments(guided) if moment.name == "guide")
     kept = 4 * 16 * 1024 * 4 + 16 * 4 * 256 * 4 * 4  # 16 layers: guesses, coordinates
     assert guide.activations == kept + 4 * 256 * 1024 * (3 * 4 + 4)
-    assert guide.logits == next(moment for moment in moments(plain) if moment.name == "logits").logits
+    in_chunk = 2**20 // (4 * 32_000)
+    assert guide.logits == in_chunk // GRADIENT_PIECES * 32_000 * 4 * GUIDE_COPIES
+    assert guide.logits < next(moment for moment in moments(plain) if moment.name == "logits").logits
+    assert GUIDE_PIECES == GRADIENT_PIECES
     assert all("guid" not in moment.name for moment in moments(plain))
     apart = job_of(WIDE, config_from({**settings, "fuse_signs": False}), CPU)
     assert any(moment.name.endswith(", guiding") for moment in moments(apart))
