@@ -51,6 +51,7 @@ class Moment:
     noise: float = 0
     logits: float = 0
     cache: float = 0  # of keys and values, while texts are written
+    trimmed: bool = False  # on a CPU the heap is trimmed just before it
 
     @property
     def n_bytes(self) -> float:

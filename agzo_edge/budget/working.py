@@ -16,8 +16,9 @@ from agzo_edge.units import MIB
 
 CUDA_SLACK_SHARE = 0.05  # estimate: what torch's CUDA allocator rounds up or cannot reuse
 CPU_SLACK_BYTES = 6 * MIB  # measured: tensors below the threshold of malloc, which stay in the heap; Python's own
-CPU_MATMUL_BYTES = 15 * MIB  # measured, AVX-512: the code of 16-bit matmuls that oneDNN keeps, and its buffers
 CPU_SLACK_SHARE = 0.01  # measured: pages, and the heap's gaps
+CPU_TRIMMED_BYTES = 1 * MIB  # measured: in place of both where the heap has just been trimmed
+CPU_MATMUL_BYTES = 13 * MIB  # measured, AVX-512: the code of 16-bit matmuls that oneDNN keeps, and its buffers
 NEXT_TOKEN_BYTES = 4 * FLOAT32_BYTES + 2 * 8  # for each word, while a token is drawn
 LOGITS_COPIES = 2  # float32 copies of a chunk of logits, in log-sum-exp
 EXACT_COPIES = 4  # with its tangent
@@ -31,14 +32,20 @@ QUANTIZING_8BIT_BYTES = 2 + 2  # for each weight: in float16, and its absolute v
 
 def working_components(job: Job) -> Iterator[Component]:
     """The fullest moment of the run on the device, by its parts, and what the allocator adds."""
-    fullest = max(moments(job), key=lambda moment: moment.n_bytes)
+    fullest = max(moments(job), key=lambda moment: moment.n_bytes + _slack(job, moment)[0])
     yield from _components(job, fullest)
-    share, fixed_bytes = (CPU_SLACK_SHARE, CPU_SLACK_BYTES) if job.on_cpu else (CUDA_SLACK_SHARE, 0)
-    if job.on_cpu and job.value_bytes < FLOAT32_BYTES:
-        fixed_bytes += CPU_MATMUL_BYTES
-    slack_bytes = fixed_bytes + math.ceil(share * fullest.n_bytes)
-    rule = f"{share:.0%} of the moment above" + (f" + {fixed_bytes // MIB} MiB" if fixed_bytes else " (estimate)")
+    slack_bytes, rule = _slack(job, fullest)
     yield Component("allocator", slack_bytes, "device", rule)
+
+
+def _slack(job: Job, moment: Moment) -> tuple[int, str]:
+    """What the allocator adds to a moment, and the rule for it."""
+    if not job.on_cpu:
+        return math.ceil(CUDA_SLACK_SHARE * moment.n_bytes), f"{CUDA_SLACK_SHARE:.0%} of the moment above (estimate)"
+    share, fixed_bytes = (0.0, CPU_TRIMMED_BYTES) if moment.trimmed else (CPU_SLACK_SHARE, CPU_SLACK_BYTES)
+    fixed_bytes += CPU_MATMUL_BYTES if job.value_bytes < FLOAT32_BYTES else 0
+    rule = f"{share:.0%} of the moment above + {fixed_bytes // MIB} MiB"
+    return fixed_bytes + math.ceil(share * moment.n_bytes), rule
 
 
 def moments(job: Job) -> Iterator[Moment]:
@@ -69,7 +76,8 @@ def logits(job: Job) -> Moment:
     caps = job.facts.caps_logits and job.value_bytes == FLOAT32_BYTES
     copies = EXACT_COPIES + 3 * caps if job.exact else LOGITS_COPIES + caps
     gathered = job.rows * job.label_tokens * job.facts.hidden_size * job.value_bytes
-    return Moment(name="logits", activations=gathered, logits=FLOAT32_BYTES * streams * at_once * words * copies)
+    chunk = FLOAT32_BYTES * streams * at_once * words * copies
+    return Moment(name="logits", activations=gathered, logits=chunk, trimmed=True)
 
 
 def _chunk(job: Job, *, streams: int) -> tuple[int, int]:
@@ -113,7 +121,7 @@ def guiding(job: Job) -> Iterator[Moment]:
     states = tokens * facts.hidden_size * (3 * job.value_bytes + FLOAT32_BYTES)
     words, at_once = _chunk(job, streams=1)
     piece = max(1, at_once // GUIDE_PIECES) * words * FLOAT32_BYTES * (GUIDE_COPIES + facts.caps_logits)
-    yield Moment(name="guide", activations=kept + states, logits=piece)
+    yield Moment(name="guide", activations=kept + states, logits=piece, trimmed=True)
 
 
 def updating(job: Job) -> Moment:
@@ -161,14 +169,14 @@ def loading(job: Job) -> Moment:
 
 
 def merging(job: Job) -> Moment:
-    """The merged checkpoint on its way to the disk: linear layers go there through float32, others as they are.
+    """The merged checkpoint on its way to the disk, layer by layer: those that learned something through float32.
 
-    A layer's weight is first summed up from what is held and what the last window learned.
+    Such a weight is summed up from what is held and what the last window learned.
     """
-    facts, b = job.facts, job.value_bytes
+    b = job.value_bytes
     converted = FLOAT32_BYTES + b if b < FLOAT32_BYTES else 0
-    layer = max(out * inp for out, inp in facts.linears.values()) * (converted + 2 * FLOAT32_BYTES)
-    return Moment(name="merging", activations=max(layer, facts.head_entries * converted))
+    widest = max(out * inp for out, inp in job.opened.values())
+    return Moment(name="merging", activations=widest * (converted + 2 * FLOAT32_BYTES))
 
 
 def host_components(job: Job) -> Iterator[Component]:

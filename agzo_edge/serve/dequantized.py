@@ -44,7 +44,8 @@ def dequantized_tensors(checkpoint: Checkpoint) -> list[LazyTensor]:
 def model_tensors(model: EdgeModel) -> list[LazyTensor]:
     """Every weight of a loaded model, with all that it has learned, under the names of the transformers model.
 
-    Linear layers are in float32 and are made when they are read; the others are as the model holds them.
+    Linear layers that have learned something are in float32, and all are made when they are read; the others are as
+    the model holds them.
     """
     network = model.network
     head = network.get_output_embeddings()
@@ -52,7 +53,8 @@ def model_tensors(model: EdgeModel) -> list[LazyTensor]:
     tensors = [_held(name, values) for name, values in network.state_dict().items()]
     for name, module in network.named_modules():
         if isinstance(module, FrozenLinear) and not (tied and module is head):
-            tensors += _of_layer(name, module, transposed=model.transposed and module is not head)
+            transposed = model.transposed and module is not head
+            tensors += _of_layer(name, module, dtype=model.dtype, transposed=transposed)
     return tensors
 
 
@@ -73,16 +75,18 @@ def save_dense_model(model: EdgeModel, directory: Path) -> None:
         model.tokenizer.save_pretrained(folder)
 
 
-def _of_layer(name: str, layer: FrozenLinear, *, transposed: bool) -> Iterator[LazyTensor]:
+def _of_layer(name: str, layer: FrozenLinear, *, dtype: torch.dtype, transposed: bool) -> Iterator[LazyTensor]:
+    branch = getattr(layer, "branch", None)
+    learned = branch.learned() if branch is not None and not branch.is_untouched else None
+
     def read() -> Tensor:
-        weight = layer.base.dense().float()
-        branch = getattr(layer, "branch", None)
-        if branch is not None and not branch.is_untouched:
-            weight = weight + branch.learned().dense()
+        weight = layer.base.dense()
+        if learned is not None:
+            weight = weight.float() + learned.dense()
         return weight.mT if transposed else weight
 
     shape = layer.base.shape[::-1] if transposed else layer.base.shape
-    yield LazyTensor(f"{name}.weight", shape, torch.float32, read)
+    yield LazyTensor(f"{name}.weight", shape, dtype if learned is None else torch.float32, read)
     if isinstance(layer.bias, Tensor):
         yield _held(f"{name}.bias", layer.bias)
 
