@@ -15,7 +15,7 @@ from agzo_edge.budget.job import FLOAT32_BYTES, STREAMS, Component, Job, folded_
 from agzo_edge.units import MIB
 
 CUDA_SLACK_SHARE = 0.05  # estimate: what torch's CUDA allocator rounds up or cannot reuse
-CPU_SLACK_BYTES = 6 * MIB  # measured: tensors below the threshold of malloc, which stay in the heap; Python's own
+CPU_SLACK_BYTES = 8 * MIB  # measured: tensors below the threshold of malloc, which stay in the heap; Python's own
 CPU_SLACK_SHARE = 0.01  # measured: pages, and the heap's gaps
 CPU_TRIMMED_BYTES = 1 * MIB  # measured: in place of both where the heap has just been trimmed
 CPU_MATMUL_BYTES = 13 * MIB  # measured, AVX-512: the code of 16-bit matmuls that oneDNN keeps, and its buffers
