@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.model.load import import_libraries
-from agzo_edge.model.memory import used_bytes
+from agzo_edge.model.memory import give_back, used_bytes
 
 # The plan's components that each part is made of; what is none of the others' comes and goes within a step.
 PARTS = {
@@ -28,10 +29,12 @@ class Footprint:
 
     def __post_init__(self) -> None:
         import_libraries()
+        import_module("peft")  # the first save will
         self.mark()
 
     def mark(self) -> None:
-        """Note what is in use at the end of a stage."""
+        """Note what is in use at the end of a stage, and not what the allocator keeps of it."""
+        give_back(self.device)
         self.marks.append(used_bytes(self.device))
 
     def report(self, plan: MemoryPlan, *, peak_bytes: int) -> dict[str, Any]:
