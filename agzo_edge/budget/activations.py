@@ -148,21 +148,21 @@ def mlp(job: Job) -> Iterator[Moment]:
 def finding_bases(job: Job) -> Iterator[Moment]:
     """The MLP's layers while they also find a basis and a scale from their inputs and outputs in float32.
 
-    Both signs in one pass: a 16-bit tensor is first converted, then their mean and its valid tokens are made.
-    Otherwise plain passes find them: the valid tokens, and in 16 bit their conversion; then their squares.
+    In one pass, the step's own or a plain one for the guides: a 16-bit tensor is first converted, then the mean of both
+    signs and its valid tokens are made. Otherwise several plain passes: the valid tokens, and in 16 bit their
+    conversion; then their squares.
     """
     facts, b = job.facts, job.value_bytes
     h, m = facts.hidden_size, facts.block.mlp_width
     live = LIVE[facts.block.mlp_style]
-    if job.finds_bases_in_pass:
-        tokens, seen = float(job.tokens), FLOAT32_BYTES + job.extra_float32_bytes
-    else:
-        tokens, seen = job.tokens / job.streams, 2 * FLOAT32_BYTES
+    tokens = job.tokens / (1 if job.finds_bases_in_pass else job.streams)
+    seen = FLOAT32_BYTES + job.extra_float32_bytes if job.is_one_pass else 2 * FLOAT32_BYTES
     wide = tokens * job.mlp_share
     held = (live.around * tokens + tokens - wide) * h * b + _kept_scores(job)
     mask = _mask_bytes(job)
-    first = held + wide * m * (live.first * b + live.outputs * seen)
-    yield Moment(name="MLP's first layers, finding bases", activations=first, mask=mask)
+    if not all(map(writes_to_residual, job.targets)):
+        first = held + wide * m * (live.first * b + live.outputs * seen)
+        yield Moment(name="MLP's first layers, finding bases", activations=first, mask=mask)
     last = held + wide * (m * (live.last * b + seen) + h * (b + FLOAT32_BYTES / 2))
     yield Moment(name="MLP's last layer, finding bases", activations=last, mask=mask)
 

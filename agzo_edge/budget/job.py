@@ -124,8 +124,13 @@ class Job:
     @property
     def finds_bases_in_pass(self) -> bool:
         """Whether a window's bases come out of the step's own pass, and not of plain ones before it."""
+        return self.is_one_pass and self.config.guide == "none"
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether every layer meets all inputs of a step in one call."""
         whole = self.micro_examples == self.config.batch_size and self.config.mlp_chunk_tokens is None
-        return whole and self.streams == STREAMS and self.config.guide == "none"
+        return whole and self.streams == STREAMS
 
     @property
     def guided(self) -> dict[str, tuple[int, int]]:

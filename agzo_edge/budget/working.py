@@ -19,6 +19,7 @@ CPU_SLACK_BYTES = 8 * MIB  # measured: tensors below the threshold of malloc, wh
 CPU_SLACK_SHARE = 0.01  # measured: pages, and the heap's gaps
 CPU_TRIMMED_BYTES = 1 * MIB  # measured: in place of both where the heap has just been trimmed
 CPU_MATMUL_BYTES = 13 * MIB  # measured, AVX-512: the code of 16-bit matmuls that oneDNN keeps, and its buffers
+CPU_HEAD_BYTES, CPU_HEAD_SHARE = 5 * MIB, 0.17  # likewise at the logits; the share of the words multiplied at once
 NEXT_TOKEN_BYTES = 4 * FLOAT32_BYTES + 2 * 8  # for each word, while a token is drawn
 LOGITS_COPIES = 2  # float32 copies of a chunk of logits, in log-sum-exp
 EXACT_COPIES = 4  # with its tangent
@@ -43,8 +44,10 @@ def _slack(job: Job, moment: Moment) -> tuple[int, str]:
     if not job.on_cpu:
         return math.ceil(CUDA_SLACK_SHARE * moment.n_bytes), f"{CUDA_SLACK_SHARE:.0%} of the moment above (estimate)"
     share, fixed_bytes = (0.0, CPU_TRIMMED_BYTES) if moment.trimmed else (CPU_SLACK_SHARE, CPU_SLACK_BYTES)
-    fixed_bytes += CPU_MATMUL_BYTES if job.value_bytes < FLOAT32_BYTES else 0
-    rule = f"{share:.0%} of the moment above + {fixed_bytes // MIB} MiB"
+    if job.value_bytes < FLOAT32_BYTES:
+        head_bytes = _chunk(job, streams=job.streams)[0] * job.facts.hidden_size * job.value_bytes
+        fixed_bytes += CPU_HEAD_BYTES + round(CPU_HEAD_SHARE * head_bytes) if moment.trimmed else CPU_MATMUL_BYTES
+    rule = f"{share:.0%} of the moment above + {fixed_bytes / MIB:.0f} MiB"
     return fixed_bytes + math.ceil(share * moment.n_bytes), rule
 
 
