@@ -220,7 +220,7 @@ _PAPER = {
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
-    "fast": {"max_steps": 150, "learning_rate": 0.3},
+    "fast": {"max_steps": 150, "learning_rate": 0.2},
     "careful": {"max_steps": 1500, "learning_rate": 0.05, "undo_every": 25},
     "paper": _PAPER,
 }
