@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from agzo_edge.budget.job import FLOAT32_BYTES, Job, folded_rank
-from agzo_edge.writers import writes_to_residual
 
 SIGN_ENTRY_BYTES = 0.75  # packed bits, the words they came from, the index of each byte's eight signs
 GAUSSIAN_ENTRY_BYTES = 40  # float64 words, uniforms, radius, angle and values, on the CPU
@@ -160,7 +159,7 @@ def finding_bases(job: Job) -> Iterator[Moment]:
     wide = tokens * job.mlp_share
     held = (live.around * tokens + tokens - wide) * h * b + _kept_scores(job)
     mask = _mask_bytes(job)
-    if not all(map(writes_to_residual, job.targets)):
+    if not job.trains_only_writers:
         first = held + wide * m * (live.first * b + live.outputs * seen)
         yield Moment(name="MLP's first layers, finding bases", activations=first, mask=mask)
     last = held + wide * (m * (live.last * b + seen) + h * (b + FLOAT32_BYTES / 2))
@@ -187,7 +186,7 @@ def layer_noise(job: Job, out_features: int, *, writes: bool, output_bytes: floa
     b, streams = job.value_bytes, 1 if job.exact else job.streams
     if job.guided and writes:
         return job.tokens * job.config.rank * (FLOAT32_BYTES + 3 * b)
-    if not any(writes_to_residual(name) == writes for name in job.targets):
+    if job.trains_only_writers and not writes:
         return 0
     of_rows = job.rows / job.streams * out_features * job.config.rank * b
     gaussian = job.config.noise == "gaussian"

@@ -142,6 +142,11 @@ class Job:
         """The layers that have full noise."""
         return {name: shape for name, shape in self.targets.items() if name not in self.guided}
 
+    @property
+    def trains_only_writers(self) -> bool:
+        """Whether every layer that carries a branch writes to the residual stream."""
+        return all(map(writes_to_residual, self.targets))
+
     def place_of(self, part: Literal["embeddings", "layers"]) -> Where:
         """Where `part` is held: on a CPU what waits is in a mapped file, beside a GPU in the host's memory."""
         if self.config.offload not in (part, "layers"):

@@ -48,12 +48,11 @@ def add_linear(
     if not in_blocks(x):
         flat_onto.addmm_(flat, weight.mT, alpha=factor)
         return onto
-    full = len(flat) // BLOCK_ROWS * BLOCK_ROWS
-    for start in range(0, full, BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
+    blocks, tail = _blocks(len(flat))
+    for rows in blocks:
         flat_onto[rows].addmm_(flat[rows], weight.mT, alpha=factor)
-    if full < len(flat):
-        flat_onto[full:].add_(_tail_product(flat[full:], weight), alpha=factor)
+    if tail.start < len(flat):
+        flat_onto[tail].add_(_tail_product(flat[tail], weight), alpha=factor)
     return onto
 
 
@@ -64,16 +63,21 @@ def whole_widths(columns: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ of (rows, in_features), in blocks."""
-    full = len(x) // BLOCK_ROWS * BLOCK_ROWS
-    if not full:
+    blocks, tail = _blocks(len(x))
+    if not blocks:
         return _tail_product(x, weight)
     product = x.new_empty(len(x), len(weight))
-    for start in range(0, full, BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
+    for rows in blocks:
         torch.mm(x[rows], weight.mT, out=product[rows])
-    if full < len(x):
-        product[full:] = _tail_product(x[full:], weight)
+    if tail.start < len(x):
+        product[tail] = _tail_product(x[tail], weight)
     return product
+
+
+def _blocks(n_rows: int) -> tuple[list[slice], slice]:
+    """The rows of each whole block, and those that are left."""
+    full = n_rows // BLOCK_ROWS * BLOCK_ROWS
+    return [slice(start, start + BLOCK_ROWS) for start in range(0, full, BLOCK_ROWS)], slice(full, n_rows)
 
 
 def _tail_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -42,10 +42,10 @@ def guided(family: str = "llama", **settings: Any) -> tuple[EdgeModel, Batch, Ru
     return model, batch, config
 
 
-def find_guides_again(model: EdgeModel, batches: list[Batch], goal: Goal, *, memory: float = 0.0) -> None:
+def find_guides_again(model: EdgeModel, batches: list[Batch], goal: Goal) -> None:
     """The guides of these batches in the bases that the model has."""
     bases = {group.index: group.basis for group in model.groups}
-    find_guides(model, batches, goal, memory=memory, old_bases=bases, refresh=Refresh.NONE)
+    find_guides(model, batches, goal, memory=0.0, old_bases=bases, refresh=Refresh.NONE)
 
 
 def guides_of(model: EdgeModel) -> list[Tensor]:
