@@ -44,6 +44,7 @@ class ModelFacts:
     head_dim: int
     block: Block
     caps_logits: bool  # tanh of the logits: one more copy of them
+    divides_logits: bool  # by a constant (Granite): one more copy where they carry a tangent
     positions: int | None  # tokens in the longest row that the model was made for, where it says so
 
     @property
@@ -123,6 +124,7 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
         head_dim=_size({"head_dim": hidden // n_heads} | _given(config), source, "head_dim"),
         block=block_of(config, linears, checkpoint.tensors),
         caps_logits=bool(config.get("final_logit_softcapping")),
+        divides_logits=bool(config.get("logits_scaling")),
         positions=_positions(config),
     )
 

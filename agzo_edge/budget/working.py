@@ -72,12 +72,12 @@ def logits(job: Job) -> Moment:
     """The states that predict a label, and one chunk of their logits.
 
     A chunk holds at most `logits_chunk` bytes of float32; log-sum-exp has it twice, exact differences four times. A
-    model that caps its logits has one copy more in float32, three with the tangent.
+    model that caps its logits has one copy more in float32, three with the tangent; one that divides them, one with it.
     """
     streams = 1 if job.exact else job.streams
     words, at_once = _chunk(job, streams=streams)
     caps = job.facts.caps_logits and job.value_bytes == FLOAT32_BYTES
-    copies = EXACT_COPIES + 3 * caps if job.exact else LOGITS_COPIES + caps
+    copies = EXACT_COPIES + 3 * caps + job.facts.divides_logits if job.exact else LOGITS_COPIES + caps
     gathered = job.rows * job.label_tokens * job.facts.hidden_size * job.value_bytes
     chunk = FLOAT32_BYTES * streams * at_once * words * copies
     return Moment(name="logits", activations=gathered, logits=chunk, trimmed=True)

@@ -110,6 +110,14 @@ def test_an_exact_difference_needs_more_than_a_central_one() -> None:
     assert component(exact, "logits chunk") == 2 * component(central, "logits chunk")
 
 
+def test_dividing_the_logits_takes_one_copy_more_where_they_carry_a_tangent() -> None:
+    divided = replace(WIDE, divides_logits=True)
+    central, exact = (config_from({"difference": difference}) for difference in ("central", "exact"))
+    plain, granite = (component(predicted_memory(facts, exact, CPU), "logits chunk") for facts in (WIDE, divided))
+    assert granite * 4 == plain * 5
+    assert predicted_memory(divided, central, CPU).device_bytes == predicted_memory(WIDE, central, CPU).device_bytes
+
+
 def test_options_of_a_choice_are_rows() -> None:
     one, four = (memory_plan(FACTS, config_from({}), CPU, data=DataShape(rows_per_example=n)) for n in (1, 4))
     assert four.rows == 4 * one.rows
