@@ -30,12 +30,11 @@ def quiet_libraries() -> Iterator[None]:
 
 def hide_loading_bars() -> None:
     """Take transformers' bars away ("Loading weights"), and leave downloads theirs on a terminal."""
-    import datasets
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     wants_downloads = sys.stderr.isatty() and not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()  # silences the hub's as well
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets is slow to import, and rarely needed
     if wants_downloads:
         enable_progress_bars()
