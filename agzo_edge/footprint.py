@@ -9,7 +9,7 @@ import torch
 
 from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.model.load import import_libraries
-from agzo_edge.model.memory import give_back, used_bytes
+from agzo_edge.model.memory import give_back, load_context, used_bytes
 
 # The plan's components that each part is made of; what is none of the others' comes and goes within a step.
 PARTS = {
@@ -30,6 +30,7 @@ class Footprint:
     def __post_init__(self) -> None:
         import_libraries()
         import_module("peft")  # the first save will
+        load_context(self.device)
         self.mark()
 
     def mark(self) -> None:

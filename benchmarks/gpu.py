@@ -3,6 +3,7 @@
     python benchmarks/gpu.py                            # on a machine with a CUDA device: ends after 8 minutes
     python benchmarks/gpu.py --device cpu --small       # every section that can run on a CPU, tiny: half a minute
 
+libraries     what CUDA, cuBLAS, bitsandbytes and Triton take of the device
 correctness   one step on the device against the same on the CPU: noise, losses, update
 numerics      the projected gradients' error by dtype and mu
 kernels       parts of a layer by themselves, with GB/s
@@ -26,6 +27,7 @@ import transformers
 from environment import ROOT, environment
 from gpu_correctness import correctness, numerics
 from gpu_kernels import kernels
+from gpu_libraries import libraries
 from gpu_limits import contexts, limits
 from gpu_measure import Row, Section
 from gpu_models import Setting
@@ -36,6 +38,7 @@ from agzo_edge.model.device import chosen_device
 from agzo_edge.units import GIB
 
 SECTIONS: dict[str, Section] = {
+    "libraries": libraries,
     "correctness": correctness,
     "numerics": numerics,
     "kernels": kernels,

@@ -23,8 +23,8 @@ CPU_HEAD_BYTES, CPU_HEAD_SHARE = 5 * MIB, 0.17  # likewise at the logits; the sh
 NEXT_TOKEN_BYTES = 4 * FLOAT32_BYTES + 2 * 8  # for each word, while a token is drawn
 LOGITS_COPIES = 2  # float32 copies of a chunk of logits, in log-sum-exp
 EXACT_COPIES = 4  # with its tangent
-GUIDE_COPIES = 5  # with the way back
-GUIDE_PIECES = 8  # of a chunk, where a gradient is asked for: numerics/loss.py
+GUIDE_COPIES = 2  # with the way back; half of one in 16 bit beside them
+GUIDE_PIECES = 2  # of a chunk, where a gradient is asked for: numerics/loss.py
 WRITING_BYTES = 12  # for each weight: the change, the sum, the random bits of its rounding
 WRITING_BFLOAT16_BYTES = 20  # and the two integers that the rounding goes through
 EXTRACTING_BYTES = 12  # for each weight: as held and as it was in float32, the change
@@ -113,7 +113,7 @@ def guiding(job: Job) -> Iterator[Moment]:
 
     Each guided layer keeps the coordinates of one micro-batch, beside a block where the step itself has no more rows,
     and beside the gradient of the last states, in float32 too; then its guess (out, rank). The logits' way back goes
-    in pieces of a chunk, of five float32 copies each, six where they are capped.
+    in pieces of a chunk: the logits and their gradient in float32, and what caps and quotients keep or copy (measured).
     """
     facts = job.facts
     tokens = job.tokens // job.streams
@@ -123,7 +123,11 @@ def guiding(job: Job) -> Iterator[Moment]:
         yield replace(fullest, name=f"{fullest.name}, guiding", activations=fullest.activations + kept)
     states = tokens * facts.hidden_size * (3 * job.value_bytes + FLOAT32_BYTES)
     words, at_once = _chunk(job, streams=1)
-    piece = max(1, at_once // GUIDE_PIECES) * words * FLOAT32_BYTES * (GUIDE_COPIES + facts.caps_logits)
+    if job.value_bytes == FLOAT32_BYTES:
+        copies: float = GUIDE_COPIES + 3 * facts.caps_logits + facts.divides_logits
+    else:
+        copies = GUIDE_COPIES + 0.5 + facts.caps_logits
+    piece = max(1, at_once // GUIDE_PIECES) * words * FLOAT32_BYTES * copies
     yield Moment(name="guide", activations=kept + states, logits=piece, trimmed=True)
 
 

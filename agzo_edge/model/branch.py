@@ -32,11 +32,18 @@ class InputGroup:
     index: int
     in_features: int
     basis: Tensor  # (in_features, rank) float32, orthonormal columns
+    _cast: tuple[Tensor, Tensor] | None = None  # the basis, and what `basis_in` made of it
 
     @property
     def rank(self) -> int:
         """Directions in the basis."""
         return self.basis.shape[1]
+
+    def basis_in(self, dtype: torch.dtype) -> Tensor:
+        """The basis in `dtype` for the forward, kept until it changes."""
+        if self._cast is None or self._cast[0] is not self.basis or self._cast[1].dtype is not dtype:
+            self._cast = self.basis, self.basis.to(dtype)
+        return self._cast[1]
 
 
 @dataclass
@@ -62,13 +69,11 @@ class Branch:
         return self.out_features, self.group.in_features
 
     def noise(self, kind: NoiseKind, n_examples: int, **key: int) -> Noise:
-        """R of consecutive examples; `key`: seed, step, first_example."""
+        """R of consecutive examples; `key`: seed, step, first_example. Full noise is where C is."""
         key["layer"] = self.index
-        if self.guide is None:
-            drawn = draw_noise(kind, (n_examples, *self.c.shape), **key)
-        else:
-            drawn = guided_noise(kind, n_examples, self.guide, **key)
-        return drawn.placed(partial(sent, device=self.c.device))
+        if self.guide is not None:
+            return guided_noise(kind, n_examples, self.guide, **key)
+        return draw_noise(kind, (n_examples, *self.c.shape), **key).placed(partial(sent, device=self.c.device))
 
     def learned(self) -> LowRank:
         """The weight change so far: the folded windows and the present one."""

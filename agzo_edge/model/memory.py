@@ -131,6 +131,13 @@ def total_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else int(psutil.virtual_memory().total)
 
 
+def load_context(device: torch.device) -> None:
+    """Let a GPU's context and cuBLAS take their memory now, so that it is not taken for a model's."""
+    if device.type == "cuda":
+        square = torch.ones(32, 32, device=device)
+        (square @ square).sum().item()
+
+
 def give_back(device: torch.device) -> None:
     """Let the allocator return to the system what it holds and does not use."""
     if device.type == "cuda":

@@ -123,7 +123,7 @@ class PassContext:
             known, basis, coordinates = self._coordinates
             if known() is inputs and basis is group.basis:
                 return coordinates
-        coordinates = projected(inputs, group.basis.to(inputs.dtype))
+        coordinates = projected(inputs, group.basis_in(inputs.dtype))
         self._coordinates = weakref.ref(inputs), group.basis, coordinates
         return coordinates
 
@@ -138,7 +138,9 @@ class PassContext:
             group.basis = activation_basis(tokens, group.basis, n_iter=self.power_iterations)
             return
         product = subspace_product(tokens, group.basis)
-        self._products[group.index] = self._products.get(group.index, torch.zeros_like(product)) + product
+        if group.index in self._products:
+            product += self._products[group.index]
+        self._products[group.index] = product
 
     def see_output(self, branch: Branch, inputs: Tensor, outputs: Tensor) -> None:
         """Let the branch's scale s = rms(y) / rms|Aᵀx| take part in the refresh, and its coordinates be kept."""
@@ -149,8 +151,9 @@ class PassContext:
         y = self.unperturbed(outputs).float()
         p = self.unperturbed(self.coordinates(branch.group, inputs)).float()
         energies = torch.stack([y.square().sum() / y.shape[1], p.square().sum()]).double()
-        _, before = self._energies.get(branch.index, (branch, torch.zeros_like(energies)))
-        self._energies[branch.index] = branch, before + energies
+        if branch.index in self._energies:
+            energies += self._energies[branch.index][1]
+        self._energies[branch.index] = branch, energies
 
     def scale_of(self, branch: Branch) -> Tensor | float:
         """The branch's scale s; in the pass that finds it a scalar on the device, so that nobody waits for it."""

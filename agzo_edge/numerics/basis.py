@@ -8,6 +8,7 @@ Source: AGZO, arXiv 2601.17261, Algorithm 1 (the basis A_l, by K steps of power 
 import torch
 from torch import Tensor
 
+from agzo_edge.numerics.compiled import kernels_for
 from agzo_edge.numerics.products import in_blocks, linear
 
 # A new direction is taken only where it holds more than this share of the largest one: below sqrt(eps)
@@ -47,7 +48,9 @@ def projected(
     inputs: Tensor,  # (..., in_features)
     basis: Tensor,  # (in_features, rank), of the same dtype
 ) -> Tensor:  # (..., rank)
-    """H A, computed as (Aᵀ Hᵀ)ᵀ: with a few columns on the right a CPU's BLAS takes five times as long (measured)."""
+    """H A, on a CPU as (Aᵀ Hᵀ)ᵀ: with a few columns on the right its BLAS takes five times as long (measured)."""
+    if inputs.is_cuda:
+        return inputs @ basis
     if in_blocks(inputs):
         return linear(inputs, basis.mT)
     flat = basis.mT.contiguous() @ inputs.reshape(-1, inputs.shape[-1]).mT
@@ -69,10 +72,13 @@ def next_basis(product: Tensor, previous: Tensor) -> Tensor:
     Without that, fewer tokens than `rank` would fill the basis with normalised rounding noise. A product that
     is not finite keeps the whole basis: the loss, which names the rows, is left to tell.
     """
+    if (kernels := kernels_for(product, rank=product.shape[1])) is not None:
+        basis: Tensor = kernels.next_basis(product, previous)
+        return basis
     product = torch.where(product.isfinite().all(), product, 0.0)
     lengths = product.norm(dim=0)
     columns = torch.where(lengths <= NEGLIGIBLE**2 * lengths.max(), previous, product)
-    beyond = torch.linalg.qr(columns / columns.norm(dim=0)).R.diagonal().abs()
+    beyond = torch.linalg.qr(columns / columns.norm(dim=0), mode="r").R.diagonal().abs()
     return orthonormal(torch.where(beyond < ROUNDING, previous, columns))
 
 
@@ -86,7 +92,7 @@ def activation_basis(
 
     Source: AGZO, arXiv 2601.17261, Algorithm 1; K = 3 there.
     """
-    basis = start
+    basis, inputs = start, inputs.float()
     for _ in range(n_iter):
         basis = next_basis(subspace_product(inputs, basis), basis)
     return basis

@@ -4,8 +4,8 @@ import math
 
 from torch import Tensor
 
+from agzo_edge.numerics.compiled import kernels_for
 from agzo_edge.numerics.noise import Noise
-from agzo_edge.numerics.perturb import kernels_for
 
 
 def projected_gradients(
@@ -76,12 +76,13 @@ def clipped(projected: Tensor, *, limit: float) -> Tensor:
 
 def gradient_estimate(
     noise: Noise,
-    weighted: Tensor,  # (examples,): w_b g_b, on the noise's device
+    weighted: Tensor,  # (examples,): w_b g_b, where the noise's stored entries are
 ) -> Tensor:  # (out_features, rank) float32
     """The estimate of dL/dC, sum_b w_b g_b R_b. Source: AGZO with a direction for each example, DESIGN 2."""
     weighted = weighted.float()
     if noise.guide is not None:
         return (weighted @ noise.entries().flatten()) * noise.guide
-    if (kernels := kernels_for(noise)) is not None:
+    kernels = kernels_for(noise.stored, rank=noise.shape[2])
+    if kernels is not None and noise.is_packed:
         return kernels.weighted_signs(noise.stored, weighted, shape=noise.shape[1:])
     return (weighted @ noise.dense().flatten(1)).view(noise.shape[1:])

@@ -5,13 +5,13 @@ The whole (tokens, vocabulary) matrix of logits never exists: at a vocabulary of
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-GRADIENT_PIECES = 8  # a chunk's pieces where a gradient is asked for
+GRADIENT_PIECES = 2  # a chunk's pieces where a gradient is asked for
 
 Head = Callable[[Tensor], Tensor]  # (..., hidden_size) -> (..., words) logits of some part of the vocabulary
 
@@ -38,7 +38,9 @@ def label_losses(
     at_label: Tensor | None = None
     for words, head in head_parts:
         size = chunk_tokens(words.stop - words.start, hidden.shape[0], chunk_bytes)
-        if hidden.requires_grad:  # the way back has more copies of a chunk: of a smaller one, so that no more is taken
+        if (
+            hidden.requires_grad
+        ):  # the way back has the logits and their gradient: of a smaller chunk, in as much memory
             size = max(1, min(size, labels.shape[0]) // GRADIENT_PIECES)
         starts = range(0, labels.shape[0], size)
         pieces = ((hidden[:, i : i + size], labels[i : i + size]) for i in starts)
@@ -52,16 +54,41 @@ def label_losses(
 
 
 def _chunk_scores(head: Head, hidden: Tensor, labels: Tensor, first_word: int) -> tuple[Tensor, Tensor]:
-    """`part_scores` of a chunk; where a gradient is asked for, its logits are made again rather than kept."""
-
-    def scores(states: Tensor) -> tuple[Tensor, Tensor]:
-        # Flat: of a slice with a stream dimension, even of one stream, torch makes batches and copies the head.
-        return part_scores(head(states.flatten(0, 1)).unflatten(0, states.shape[:2]), labels, first_word)
-
+    """`part_scores` of a chunk of states (streams, positions, hidden_size)."""
     if not hidden.requires_grad:
-        return scores(hidden)
-    found: tuple[Tensor, Tensor] = checkpoint(scores, hidden, use_reentrant=False, preserve_rng_state=False)
+        return part_scores(_logits(head, hidden), labels, first_word)
+    found: tuple[Tensor, Tensor] = _Scores.apply(hidden, labels, head, first_word)
     return found
+
+
+def _logits(head: Head, hidden: Tensor) -> Tensor:
+    """(streams, positions, words). Flat: of a slice with a stream dimension torch makes batches and copies the head."""
+    return head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
+
+class _Scores(torch.autograd.Function):
+    """`part_scores` of a chunk with a way back, on which the logits are made again rather than kept."""
+
+    @staticmethod
+    def forward(context: Any, hidden: Tensor, labels: Tensor, head: Head, first_word: int) -> tuple[Tensor, Tensor]:
+        """The log-sum-exp and the label's logit."""
+        context.save_for_backward(hidden, labels)
+        context.head, context.first_word = head, first_word
+        return part_scores(_logits(head, hidden), labels, first_word)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """Of the logits: softmax times the log-sum-exp's gradient, and the label's at its place; then of the states."""
+        of_sum, of_label = (gradient.unsqueeze(-1) for gradient in gradients)
+        hidden, labels = context.saved_tensors
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = _logits(context.head, hidden)
+        index, is_here = _places(logits, labels, context.first_word)
+        of_logits = logits.detach().float().softmax(dim=-1).mul_(of_sum)
+        of_logits.scatter_add_(-1, index, torch.where(is_here, of_label, 0.0))
+        (gradient,) = torch.autograd.grad(logits, hidden, of_logits.to(logits.dtype))
+        return gradient, None, None, None
 
 
 def part_scores(
@@ -71,10 +98,15 @@ def part_scores(
 ) -> tuple[Tensor, Tensor]:  # (streams, positions) float32 each
     """The log-sum-exp over these words, and the label's logit, 0 where the label is not among them."""
     logits = logits.float()
+    index, is_here = _places(logits, labels, first_word)
+    return logits.logsumexp(dim=-1), torch.where(is_here, logits.gather(-1, index), 0.0).squeeze(-1)
+
+
+def _places(logits: Tensor, labels: Tensor, first_word: int) -> tuple[Tensor, Tensor]:
+    """Each label's index among these words (streams, positions, 1), and whether it is there: (positions, 1)."""
     place = labels - first_word
-    is_here = (place >= 0) & (place < logits.shape[-1])
-    index = place.clamp(0, logits.shape[-1] - 1).expand(logits.shape[0], -1).unsqueeze(-1)
-    return logits.logsumexp(dim=-1), torch.where(is_here, logits.gather(-1, index).squeeze(-1), 0.0)
+    index = place.clamp(0, logits.shape[-1] - 1).expand(logits.shape[0], -1)
+    return index.unsqueeze(-1), ((place >= 0) & (place < logits.shape[-1])).unsqueeze(-1)
 
 
 def row_sums(

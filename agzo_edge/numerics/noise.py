@@ -28,7 +28,7 @@ class Noise:
     """The noise R of one layer, a slice for each example: packed signs or Gaussian values E, or e_b D, D a guide."""
 
     shape: tuple[int, int, int]  # of E: (examples, out_features, rank); along a guide (examples, 1, 1)
-    stored: Tensor  # (examples, bytes) uint8 of `sign_bits`, or the values themselves in float32
+    stored: Tensor  # (examples, bytes) uint8 of `sign_bits`, or the values themselves in float32, as along a guide
     guide: Tensor | None = None  # D (out_features, rank) float32; None: all directions, R = E
 
     @property
@@ -149,11 +149,12 @@ def guided_noise(
     guide: Tensor,  # D (out_features, rank) float32
     **key: int,
 ) -> Noise:
-    """The noise R_b = e_b D: one random number for each example, drawn as `draw_noise` does.
+    """The noise R_b = e_b D: one random number for each example, drawn as `draw_noise` does; they stay on the CPU.
 
     Source: guided directions, Maheswaranathan et al., arXiv 1806.10230, with one direction for each layer.
     """
-    return replace(draw_noise(kind, (n_examples, 1, 1), **key), guide=guide)
+    drawn = draw_noise(kind, (n_examples, 1, 1), **key)
+    return Noise(drawn.shape, drawn.entries(), guide)
 
 
 def next_guide(
@@ -171,7 +172,8 @@ def next_guide(
 
 def _unit(direction: Tensor) -> Tensor:
     """The direction with mean square 1, as full noise of signs has; zero for zero and for what is not finite."""
-    direction = torch.where(direction.isfinite().all(), direction, 0.0)
     tiny = torch.finfo(torch.float32).tiny
-    direction = direction / direction.abs().max().clamp_min(tiny)  # first: squares of the smallest numbers are zero
-    return direction / direction.square().mean().sqrt().clamp_min(tiny)
+    largest = torch.linalg.vector_norm(direction, torch.inf)
+    direction = direction / largest.clamp_min(tiny)  # first: squares of the smallest numbers are zero
+    direction = direction / direction.square().mean().sqrt().clamp_min(tiny)
+    return direction.nan_to_num(0.0)  # all of it, if anything was not finite: by its largest everything was divided

@@ -1,29 +1,15 @@
 """The window's part of a branch, learned and perturbed, in one pass over the output: (C ± s mu R_b) (Aᵀ x).
 
 Both ways to compute it give the same numbers up to rounding: torch's batched products, which run anywhere,
-and a Triton kernel (`kernels.py`) that reads the signs as bits, for a GPU where Triton is installed.
+and a Triton kernel (`kernels.py`) that reads the signs as bits, or D with a number for each example.
 """
-
-import importlib
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from agzo_edge.numerics.compiled import kernels_for
 from agzo_edge.numerics.noise import Noise
 from agzo_edge.numerics.products import add_linear, in_blocks, linear
-
-
-def kernels_for(noise: Noise) -> Any | None:
-    """The Triton kernels, where they can take this noise: signs, on a GPU, Triton installed; else None."""
-    return _kernels() if noise.is_packed and noise.stored.is_cuda else None
-
-
-@cache
-def _kernels() -> Any | None:
-    return importlib.import_module("agzo_edge.numerics.kernels") if find_spec("triton") else None
 
 
 def perturbed_product(
@@ -39,15 +25,16 @@ def perturbed_product(
 
     Source: AGZO, arXiv 2601.17261, the perturbation mu R Aᵀ, here on the layer's output.
     """
-    if noise.guide is not None:
-        of_rows = noise.entries().flatten()[example]
-        along = coordinates * torch.cat([of_rows * factor for factor in factors]).view(-1, 1, 1)
-        return _guided_product(along, noise.guide, coordinates=coordinates, coefficients=coefficients, onto=onto)
-    if (kernels := kernels_for(noise)) is not None:
+    kernels = kernels_for(noise.stored, rank=coordinates.shape[-1])
+    if kernels is not None and (noise.is_packed or noise.guide is not None):
         product: Tensor = kernels.perturbed_product(
             coordinates, noise, example=example, factors=factors, coefficients=coefficients, onto=onto
         )
         return product
+    if noise.guide is not None:
+        of_rows = noise.entries().flatten()[example]
+        along = coordinates * torch.cat([of_rows * factor for factor in factors]).view(-1, 1, 1)
+        return _guided_product(along, noise.guide, coordinates=coordinates, coefficients=coefficients, onto=onto)
     product_in = _joined_product if coordinates.dtype is torch.float32 else _separate_product
     of_rows = noise.dense(coordinates.dtype)[example]  # (rows, out_features, rank)
     return product_in(coordinates, of_rows, factors=factors, coefficients=coefficients, onto=onto)

@@ -9,6 +9,7 @@ to go is measured, layer by layer, by differences of losses through the whole mo
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def find_guides(
     parts = [_guesses(model, batch.to(model.device), goal, refresh=refresh) for batch in batches]
     for branch in model.branches:
         if branch.guide is not None:
-            guess = torch.stack([part[branch.name] for part in parts]).sum(0)
+            guess = reduce(torch.add, (part[branch.name] for part in parts))
             before = reprojected(branch.guide, old_bases[branch.group.index], branch.group.basis)
             branch.guide = next_guide(guess, before, memory=memory)
 

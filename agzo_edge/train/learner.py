@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agzo_edge.config import AgzoConfig
 from agzo_edge.model.branch import Branch
+from agzo_edge.model.device import sent
 from agzo_edge.numerics.estimate import Spread, clipped, gradient_estimate
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.numerics.noise import rounding_bits
@@ -130,8 +131,11 @@ class Learner:
         """
         spread = Spread(total=self.spread.total, steps=self.spread.steps)
         shares = measured.weights * self._normalized(measured.projected, spread)
-        shares = shares.to(self.branches[0].c.device)  # once: the layers' updates follow without waiting
-        gradients = [self._gradient(branch, step, shares) for branch in self.branches] if move else []
+        on_device = sent(shares, self.branches[0].c.device)  # once: the layers' updates follow without waiting
+        gradients = [
+            self._gradient(branch, step, on_device if branch.guide is None else shares)
+            for branch in (self.branches if move else ())
+        ]
         self.spread = spread
         for branch, gradient in zip(self.branches, gradients, strict=False):
             direction = direction_(

@@ -9,6 +9,7 @@ from torch import Tensor
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import NonFiniteLossError
 from agzo_edge.model.branch import Branch
+from agzo_edge.model.device import sent
 from agzo_edge.model.passes import Perturbation, Refresh
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.estimate import projected_gradients
@@ -111,6 +112,7 @@ def _losses(
     shared = config.directions == "shared"
     perturbation = Perturbation(
         noise_of=_noise_of(
+            model,
             n_examples=1 if shared else batch.answer.shape[0],
             first_example=0 if shared else batch.first_example,
             step=step,
@@ -124,13 +126,19 @@ def _losses(
     return torch.cat([loss_of(model, on_device, objective=goal, perturbation=each, refresh=refresh) for each in passes])
 
 
-def _noise_of(*, n_examples: int, first_example: int, step: int, config: RunConfig) -> Callable[[Branch], Noise]:
-    """The noise of a micro-batch as a function of the branch."""
+def _noise_of(
+    model: EdgeModel, *, n_examples: int, first_example: int, step: int, config: RunConfig
+) -> Callable[[Branch], Noise]:
+    """The noise of a micro-batch as a function of the branch; the few numbers along guides go to the device at once."""
 
-    def noise_of(branch: Branch) -> Noise:
+    def drawn(branch: Branch) -> Noise:
         return branch.noise(config.noise, n_examples, seed=config.seed, step=step, first_example=first_example)
 
-    return noise_of
+    led = {branch.index: drawn(branch) for branch in model.branches if branch.guide is not None}
+    if led:
+        entries = sent(torch.stack([noise.stored for noise in led.values()]), model.device)
+        led = {index: replace(led[index], stored=stored) for index, stored in zip(led, entries, strict=True)}
+    return lambda branch: drawn(branch) if branch.guide is None else led[branch.index]
 
 
 def _require_finite(losses: Tensor, batches: Sequence[Batch], *, step: int, mu: float) -> None:
