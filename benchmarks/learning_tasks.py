@@ -100,10 +100,10 @@ TASKS = {
     for task in (
         Task("shakespeare", "lm", _shakespeare, 48, 96),
         Task("instruct", "lm", _instruct, 72, 96),
-        Task("sst2", "choice", _sst2, 32, 192),
-        Task("trec", "choice", _trec, 32, 96),
-        Task("rte", "choice", _rte, 96, 96),
-        Task("copa", "choice", _copa, 48, 96),
+        Task("sst2", "choice", _sst2, 64, 192),
+        Task("trec", "choice", _trec, 64, 192),
+        Task("rte", "choice", _rte, 192, 96),
+        Task("copa", "choice", _copa, 64, 96),
     )
 }
 TRAINING_ROWS = 4096  # at most: no run here sees more
