@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -24,13 +23,14 @@ SOME = settings(max_examples=25, deadline=None)
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    """The kernels as Triton's interpreter runs them; the module is not left behind for others to find."""
+def kernels() -> ModuleType:
+    """The kernels as Triton's interpreter runs them, in a module of their own: on a GPU others want compiled ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.delitem(sys.modules, NAME, raising=False)
-        yield importlib.import_module(NAME)
+        module = importlib.import_module(NAME)
         del sys.modules[NAME]
+    return module
 
 
 @st.composite
