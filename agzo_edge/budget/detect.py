@@ -11,7 +11,7 @@ from agzo_edge.budget.profile import Profile, load_profile, profile_names
 from agzo_edge.units import GIB, MIB
 
 CPU_SHARE = 0.8  # of what is available now: the rest absorbs what other programs take while we run
-CONTEXT_ESTIMATE_BYTES = 500 * MIB  # a GPU that no profile knows: the largest estimate of a shipped card with 24 GB or less
+CONTEXT_ESTIMATE_BYTES = 500 * MIB  # a GPU that no profile knows: the largest estimate of the cards with 24 GB or less
 GPU_RESERVE_SHARE = 0.02  # allocations of other programs come and go while we run
 SMALL_HOST_BYTES = 10 * GIB  # below it the shipped settings for 8 GB hold
 SAME_MEMORY = 0.1  # cards of one name differ by memory (RTX 3060: 8 and 12 GB); NVML rounds a little

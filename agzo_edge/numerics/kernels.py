@@ -17,6 +17,8 @@ from agzo_edge.numerics.noise import Noise
 
 BLOCK_TOKENS, BLOCK_FEATURES = 32, 128  # 32 float32 sums for each of a program's 128 threads
 BLOCK_ENTRIES = 1024
+# Lengths change from step to step, and Triton would compile anew for ones, for multiples of 16 and for others.
+VARYING = ["rows", "tokens", "noise_stride", "row_stride", "token_stride", "rank_stride"]
 ENTRIES_OF_THREAD = 16  # of a column of a basis, all of which one program holds
 
 
@@ -27,7 +29,7 @@ def _signs(bits, entry, inside):
     return (((byte >> (entry & 7)) & 1) * 2 - 1).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _perturbed_product(
     y,
     coordinates,
@@ -82,7 +84,7 @@ def _perturbed_product(
     tl.store(place, total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["examples"])
 def _weighted_signs(total, bits, weighted, examples, entries, row_bytes, BLOCK: tl.constexpr):
     """total[e] = sum_b weighted[b] R_b[e], in the order of the examples."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
