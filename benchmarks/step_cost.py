@@ -6,16 +6,16 @@ A step sends 2B rows through the model: B examples, both signs. The yardstick, `
 rows through the same layers with the loss, and without noise, update or adapter. All variants take turns
 within each repetition, and a ratio compares times of one repetition: a busy machine slows both sides.
 
-    step          in the middle of a window (24 of 25 steps)
-    refresh       the first of a window: fold, new bases and scales inside the pass
-    mean          of the two at refresh_every = 25
+    step          in the middle of a window
+    refresh       the first of a window: fold, a plain pass of B rows for bases, scales and guides, then a step
+    mean          of the two over a window of `refresh_every` steps
     full ...      with an adapter as wide as it gets, twice adapter_rank; `full refresh` compresses it, which
-                  only one refresh in five does
+                  one refresh in three does
     full plain    the forward of the model with that adapter; the last column compares with it
     mezo          arXiv 2305.17333 on the dense float32 weights that AGZO adapts: two forwards of B rows and
                   four passes over the weights
 
-The model is a random Llama and the rows are random tokens: neither matters to the time.
+The settings are those of the default preset. The model is a random Llama and the rows are random tokens: neither matters to the time.
 """
 
 import statistics
