@@ -15,7 +15,8 @@ within each repetition, and a ratio compares times of one repetition: a busy mac
     mezo          arXiv 2305.17333 on the dense float32 weights that AGZO adapts: two forwards of B rows and
                   four passes over the weights
 
-The settings are those of the default preset. The model is a random Llama and the rows are random tokens: neither matters to the time.
+The settings are the default preset's. The model is a random Llama and the rows are random tokens: neither
+matters to the time.
 """
 
 import statistics
