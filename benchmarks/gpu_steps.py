@@ -19,7 +19,7 @@ from agzo_edge.train.objective import loss_of
 from agzo_edge.train.step import agzo_step
 
 MU = 1e-2
-MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "llama-3.1-8b", "qwen3-14b")
+MODELS = ("qwen3-0.6b", "llama-3.1-8b", "qwen3-4b", "qwen3-1.7b", "qwen3-14b", "qwen3-8b")  # a lease may be short
 # B examples x tokens: a forward of both signs has twice as many rows. All in all 256 to 8,192 tokens in a forward.
 BATCHES = ((1, 128), (1, 512), (1, 2048), (4, 1024))
 REPETITIONS = 5

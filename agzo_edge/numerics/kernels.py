@@ -3,7 +3,7 @@
 Noise is taken as bits, or as a guide and a number for each example: neither R nor its product with anything is ever
 written to memory. A basis is one launch where torch's QR and its checks are fifty.
 
-Importing this module needs Triton; `perturb.kernels_for` does so where it is there and the tensors are on a GPU. With
+Importing this module needs Triton; `compiled.kernels_for` does so where it is there and the tensors are on a GPU. With
 TRITON_INTERPRET=1 set before the import the same code runs on a CPU, which is how it is tested without a GPU.
 """
 
