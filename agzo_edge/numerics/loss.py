@@ -38,9 +38,7 @@ def label_losses(
     at_label: Tensor | None = None
     for words, head in head_parts:
         size = chunk_tokens(words.stop - words.start, hidden.shape[0], chunk_bytes)
-        if (
-            hidden.requires_grad
-        ):  # the way back has the logits and their gradient: of a smaller chunk, in as much memory
+        if hidden.requires_grad:  # the way back has the logits and their gradient, of a smaller chunk
             size = max(1, min(size, labels.shape[0]) // GRADIENT_PIECES)
         starts = range(0, labels.shape[0], size)
         pieces = ((hidden[:, i : i + size], labels[i : i + size]) for i in starts)
