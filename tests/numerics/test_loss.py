@@ -79,6 +79,30 @@ def test_a_vocabulary_in_parts_gives_the_losses_of_the_whole(cuts: list[int], po
     assert_close(got, token_losses(size * hidden @ head.T, labels), rtol=1e-5, atol=1e-5 * size)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    cuts=st.lists(st.integers(1, VOCAB - 1), unique=True, max_size=3),
+    positions=st.integers(1, 9),
+    cap=st.sampled_from([None, 2.0]),
+)
+def test_the_way_back_to_the_states_is_autograds(cuts: list[int], positions: int, cap: float | None) -> None:
+    hidden, labels, head = hidden_and_labels(2, positions)
+    weights = torch.arange(1.0, 1 + 2 * positions).view(2, positions)
+
+    def logits_of(states: Tensor, words: slice) -> Tensor:
+        logits = states @ head[words].T
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    words = [slice(*pair) for pair in pairwise([0, *sorted(cuts), VOCAB])]
+    parts = [(part, lambda states, part=part: logits_of(states, part)) for part in words]
+    hidden.requires_grad_()
+    losses = label_losses(hidden, labels, parts, chunk_bytes=3 * 4 * VOCAB * 2)
+    (got,) = torch.autograd.grad((weights * losses).sum(), hidden)
+    whole = logits_of(hidden, slice(0, VOCAB)).log_softmax(dim=-1)
+    expected = -weights * whole.gather(-1, labels.expand(2, -1).unsqueeze(-1)).squeeze(-1)
+    assert_close(got, torch.autograd.grad(expected.sum(), hidden)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_vocabulary_larger_than_a_chunk_still_goes_one_token_at_a_time() -> None:
     assert loss.chunk_tokens(10**9, 2, 64 * MIB) == 1
 
