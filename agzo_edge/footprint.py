@@ -13,7 +13,7 @@ from agzo_edge.model.memory import give_back, load_context, used_bytes
 
 # The plan's components that each part is made of; what is none of the others' comes and goes within a step.
 PARTS = {
-    "libraries and data": ("context", "data"),
+    "libraries and data": ("context", "tokenizer", "hub's library", "data"),
     "model": ("weights", "embeddings", "norms", "opened layers", "their stored form", "streamed"),
     "learned": ("adapter", "window", "dequantization"),
 }

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import transformers
 from environment import environment, leave_result, parser_of
-from plan_error import anonymous_of, checkpoint, config_of, drawn, warm_up
+from plan_error import THERE_BEFORE, anonymous_of, checkpoint, config_of, drawn, warm_up
 
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import model_facts
@@ -46,7 +46,12 @@ SLACK_BYTES = 2 * MIB
 
 def limited_run(model: Path, combination: dict[str, Any], folder: Path, *, limit_bytes: int) -> dict[str, Any]:
     """What became of a run under a limit, told by the run itself."""
-    settings = {"ram_limit": f"{limit_bytes}B", "on_overflow": combination["on_overflow"]}
+    profile = write_profile(folder / "here.toml", context_bytes=anonymous_of(os.getpid()))
+    settings = {
+        "profile": str(profile),
+        "ram_limit": f"{limit_bytes}B",
+        "on_overflow": combination["on_overflow"],
+    }
     told: dict[str, Any] = {"steps": 0, "moves": [], "rung": None}
     try:
         for event in training(config_of(model, combination, folder, settings)):
@@ -90,9 +95,21 @@ def watched(model: Path, combination: dict[str, Any], *, limit_bytes: int) -> di
 
 
 def needed_bytes(model: Path, combination: dict[str, Any], folder: Path) -> int:
-    """The plan's peak without a limit."""
+    """The plan's peak without a limit, over what the process has before a run."""
     config = config_of(model, combination, folder, {})
-    return predicted_memory(model_facts(str(model)), config, machine_profile("cpu")).device_bytes
+    plan = predicted_memory(model_facts(str(model)), config, machine_profile("cpu"))
+    return plan.device_bytes - plan.bytes_of(*THERE_BEFORE)
+
+
+def write_profile(path: Path, *, context_bytes: int) -> Path:
+    """A profile of this machine that says what this process, full of libraries, has before a run."""
+    here = machine_profile("auto")
+    path.write_text(
+        f'name = "here"\nkind = "cpu"\nmemory = "{here.memory}B"\nreserve = "{here.reserve}B"\n'
+        f'context_overhead = "{context_bytes}B"\n',
+        encoding="utf-8",
+    )
+    return path
 
 
 def main() -> None:
@@ -123,7 +140,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 planned = needed_bytes(model, combination, Path(folder))
             own = anonymous_of(os.getpid())
-            limit_bytes = own + round(dice.uniform(0.1, 1.5) * max(MIB, planned - context_bytes()))
+            limit_bytes = own + round(dice.uniform(0.1, 1.5) * max(MIB, planned))
             result = {"number": number, **combination, "limit_bytes": limit_bytes}
             results.append(result | watched(model, combination, limit_bytes=limit_bytes))
             last = results[-1]
@@ -133,11 +150,6 @@ def main() -> None:
             print(line, last.get("message", "")[-200:] if last["outcome"] in ("fail", "break") else "", file=sys.stderr)
     leave_result(arguments, began=began, summary=_summary(results), results=results)
     sys.exit(any(r["outcome"] in ("fail", "break") or r["over_bytes"] > SLACK_BYTES for r in results))
-
-
-def context_bytes() -> int:
-    """What the plan takes the libraries for: here the process already has them."""
-    return machine_profile("cpu").context_overhead
 
 
 def _summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

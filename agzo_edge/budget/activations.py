@@ -147,15 +147,15 @@ def mlp(job: Job) -> Iterator[Moment]:
 def finding_bases(job: Job) -> Iterator[Moment]:
     """The MLP's layers while they also find a basis and a scale from their inputs and outputs in float32.
 
-    In one pass, the step's own or a plain one for the guides: a 16-bit tensor is first converted, then the mean of both
-    signs and its valid tokens are made. Otherwise several plain passes: the valid tokens, and in 16 bit their
-    conversion; then their squares.
+    In the step's own pass the mean of both signs and its valid tokens are made, of a 16-bit tensor's conversion; in a
+    plain one the valid tokens, and in 16 bit their conversion.
     """
     facts, b = job.facts, job.value_bytes
     h, m = facts.hidden_size, facts.block.mlp_width
     live = LIVE[facts.block.mlp_style]
-    tokens = job.tokens / (1 if job.finds_bases_in_pass else job.streams)
-    seen = FLOAT32_BYTES + job.extra_float32_bytes if job.is_one_pass else 2 * FLOAT32_BYTES
+    tokens, seen = float(job.tokens), FLOAT32_BYTES + job.extra_float32_bytes
+    if not job.finds_bases_in_pass:
+        tokens, seen = tokens / job.streams, FLOAT32_BYTES + (b if job.extra_float32_bytes else 0)
     wide = tokens * job.mlp_share
     held = (live.around * tokens + tokens - wide) * h * b + _kept_scores(job)
     mask = _mask_bytes(job)

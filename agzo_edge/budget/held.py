@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping
 from agzo_edge.budget.facts import input_groups
 from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job, folded_rank
 from agzo_edge.config import KEPT_CHECKPOINTS
+from agzo_edge.units import MIB
 
 MOVABLE = ("weights", "embeddings")  # what offload moves
 CPU_COLUMNS = 16  # of the 16-bit copy, a multiple of it on a CPU: numerics/products.py fills it up
 MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "sign": 0}  # of the optimizer, each the size of C
+WORD_BYTES = 400  # of a tokenizer's vocabulary, merges included: 334 at 150,000 words, 418 at 32,000 (tokenizers 0.23)
+HUB_LIBRARY_BYTES = 75 * MIB  # datasets, pandas and pyarrow with it (datasets 5.2, 2026-11)
 INDEX_LINE_BYTES = 12  # of a data file's line: where it begins, and its size
 ORDER_LINE_BYTES = 2 * 4 + 2 * 8  # two epochs' orders, and one in the making: random words and their ranks
 _RULES = {
@@ -33,9 +36,18 @@ def held_components(job: Job) -> Iterator[Component]:
     yield best_state(job)
     if job.data.indexed_lines:
         yield line_index(job)
-    yield Component("context", job.profile.context_overhead, "device", "libraries, before the first tensor")
+    yield from libraries(job)
     if job.data.n_bytes:
-        yield Component("data", job.data.n_bytes, "device" if job.on_cpu else "host", "tokens and labels of all rows")
+        yield Component("data", job.data.n_bytes, job.host, "tokens and labels of all rows")
+
+
+def libraries(job: Job) -> Iterator[Component]:
+    """What the libraries take: measured once for each kind of machine, and what model and data add to it."""
+    yield Component("context", job.profile.context_overhead, "device", "libraries, before the first tensor")
+    words = job.facts.vocab_size
+    yield Component("tokenizer", words * WORD_BYTES, job.host, f"a vocabulary of {words:,} x {WORD_BYTES} B")
+    if job.data_is_of_hub:
+        yield Component("hub's library", HUB_LIBRARY_BYTES, job.host, "datasets, imported for data of the hub alone")
 
 
 def frozen_layers(job: Job) -> Iterator[Component]:
@@ -137,14 +149,14 @@ def best_state(job: Job) -> Component:
     of_window = (1 + MOMENTS[config.optimizer]) * coefficient_entries(job, job.targets) + guide_entries(job)
     n_bytes = (width * folded_rank(job) + basis_entries(job) + of_window) * FLOAT32_BYTES
     formula = f"(out + in) {width:,} x {folded_rank(job)} x 4 B, and a window of rank {config.rank}"
-    return Component("best state", n_bytes, "device" if job.on_cpu else "host", formula)
+    return Component("best state", n_bytes, job.host, formula)
 
 
 def line_index(job: Job) -> Component:
     """Where the lines of a large data file are, and the order in which they are taken: in the host's memory."""
     line_bytes = INDEX_LINE_BYTES + ORDER_LINE_BYTES
     formula = f"{job.data.indexed_lines:,} lines x {line_bytes} B, index and order"
-    return Component("data index", job.data.indexed_lines * line_bytes, "device" if job.on_cpu else "host", formula)
+    return Component("data index", job.data.indexed_lines * line_bytes, job.host, formula)
 
 
 def basis_entries(job: Job) -> int:

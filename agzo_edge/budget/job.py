@@ -1,6 +1,7 @@
 """What a plan is computed from, and the constants of the byte arithmetic."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from agzo_edge.budget.facts import ModelFacts, StoredAs
@@ -146,6 +147,16 @@ class Job:
     def trains_only_writers(self) -> bool:
         """Whether every layer that carries a branch writes to the residual stream."""
         return all(map(writes_to_residual, self.targets))
+
+    @property
+    def host(self) -> Where:
+        """Where the host's memory counts: on a CPU it is the device's."""
+        return "device" if self.on_cpu else "host"
+
+    @property
+    def data_is_of_hub(self) -> bool:
+        """Whether the rows come from a data set of the hub, and not from a file or a directory."""
+        return self.config.data is not None and not Path(self.config.data).expanduser().exists()
 
     def place_of(self, part: Literal["embeddings", "layers"]) -> Where:
         """Where `part` is held: on a CPU what waits is in a mapped file, beside a GPU in the host's memory."""

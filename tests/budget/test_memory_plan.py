@@ -380,6 +380,16 @@ def test_the_lines_of_a_large_file_are_counted_where_they_are_held() -> None:
         assert with_lines.bytes_on(where) - predicted_memory(FACTS, config, profile).bytes_on(where) == 72_000_000
 
 
+def test_the_tokenizer_and_what_data_of_the_hub_needs_are_counted_where_they_are_held(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    for profile, where in ((CPU, "device"), (GPU, "host")):
+        of_file = memory_plan(FACTS, config_from({"data": str(rows)}), profile)
+        of_hub = memory_plan(FACTS, config_from({"data": "someone/their-data"}), profile)
+        assert component(of_file, "tokenizer", where) == 400 * FACTS.vocab_size
+        assert of_hub.bytes_on(where) - of_file.bytes_on(where) == component(of_hub, "hub's library", where) > 0
+
+
 def test_the_disk_holds_every_windows_bases_and_guides() -> None:
     settings = {"rank": 2, "refresh_every": 5, "max_steps": 11}
     guided, plain = (memory_plan(WIDE, config_from({**settings, "guide": g}), CPU) for g in ("head", "none"))
