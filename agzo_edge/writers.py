@@ -4,6 +4,7 @@ What they put out is added to the hidden states as it is. They have half of a mo
 better than all layers together, and can be guided (docs/decisions/0031 and 0032).
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
@@ -11,6 +12,13 @@ ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 # The last part of their names in transformers' models: of attention, and of the MLP.
 _ATTENTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo")
 _MLP = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "w2", "fc_out")
+
+_STATE_SPACE = re.compile(r"\.mamba\.")  # as Falcon H1, Granite 4, Bamba and Jamba name them
+
+
+def is_in_state_space(name: str) -> bool:
+    """Whether the layer of this path is in a state-space mixer, whose kernels read its weight: it is left as it is."""
+    return _STATE_SPACE.search(name) is not None
 
 
 def writes_to_residual(name: str) -> bool:

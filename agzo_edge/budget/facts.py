@@ -9,7 +9,7 @@ from agzo_edge.budget.block import Block, block_of
 from agzo_edge.budget.headers import QUANT_STATE, Checkpoint, StoredTensor
 from agzo_edge.budget.hub import open_checkpoint
 from agzo_edge.errors import ModelError, numbered
-from agzo_edge.writers import targets_among
+from agzo_edge.writers import is_in_state_space, targets_among
 
 StoredAs = Literal["dense", "4bit", "4bit-nested", "8bit"]
 
@@ -17,6 +17,7 @@ StoredAs = Literal["dense", "4bit", "4bit-nested", "8bit"]
 _BACK_TO_HIDDEN = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "w2", "wo")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 _HEADS = ("lm_head", "embed_out")
+_HEAD_COUNTS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 _NOT_TEXT = re.compile(r"vision|visual|audio|multi_modal|\.experts\.")
@@ -101,7 +102,7 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
     """The facts that a checkpoint's headers hold. Raises ModelError for what is no causal language model."""
     source, config = checkpoint.source, _text_config(checkpoint)
     hidden = _size(config, source, "hidden_size", "n_embd", "d_model")
-    n_heads = _size(config, source, "num_attention_heads", "n_head")
+    n_heads = _size(config, source, *_HEAD_COUNTS)
     linears = _linear_layers(checkpoint, hidden=hidden)
     if not linears:
         raise ModelError(f"{source}: no linear layer inside its blocks: nothing that AGZO could train")
@@ -118,7 +119,7 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
         other_entries=parts["other"],
         vocab_size=_size(config, source, "vocab_size"),
         hidden_size=hidden,
-        n_layers=_size(config, source, "num_hidden_layers", "n_layer", "num_layers"),
+        n_layers=_size(config, source, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
         n_heads=n_heads,
         n_kv_heads=_size({"num_key_value_heads": n_heads} | _given(config), source, "num_key_value_heads"),
         head_dim=_size({"head_dim": hidden // n_heads} | _given(config), source, "head_dim"),
@@ -168,7 +169,8 @@ def _size(config: Mapping[str, Any], source: str, *names: str) -> int:
     """The first of `names` that config.json gives. Raises ModelError when none is a positive number."""
     value = next((config[name] for name in names if config.get(name) is not None), None)
     if type(value) is not int or value <= 0:
-        raise ModelError(f"{source}: not a causal language model: config.json gives {' or '.join(names)} as {value!r}")
+        known = f"config.json gives {' or '.join(names)} as {value!r}"
+        raise ModelError(f"{source}: not a causal language model with attention: {known}")
     return value
 
 
@@ -178,7 +180,9 @@ def _linear_layers(checkpoint: Checkpoint, *, hidden: int) -> dict[str, tuple[in
     faults = []
     for name, tensor in checkpoint.tensors.items():
         layer = name.removesuffix(".weight")
-        if layer == name or len(tensor.shape) != 2 or not _IN_BLOCK.search(name) or _NOT_TEXT.search(name):
+        if layer == name or len(tensor.shape) != 2 or not _IN_BLOCK.search(name):
+            continue
+        if _NOT_TEXT.search(name) or is_in_state_space(name):
             continue
         shape = (tensor.shape[0], tensor.shape[1])
         if f"{name}.absmax" in checkpoint.tensors:

@@ -20,7 +20,7 @@ from agzo_edge.model.offload import fetch_from_host, place_embeddings, place_of,
 from agzo_edge.model.passes import PassContext
 from agzo_edge.model.pieces import let_mlps_work_in_pieces
 from agzo_edge.model.runtime import EdgeModel, attach_branches, require_guidable
-from agzo_edge.model.weights import HeldWeight, base_weight_of, is_linear, quantized
+from agzo_edge.model.weights import HeldWeight, base_weight_of, linear_layers, quantized
 from agzo_edge.model.workspace import Workspace
 from agzo_edge.writers import ALL_LINEAR, targets_among
 
@@ -82,7 +82,7 @@ def _replace_layers(
     targets = target_names(network, config.target_modules, source=source)
     head = network.get_output_embeddings()
     place = place_of(device, outside=config.offload == "layers")
-    layers = {name: module for name, module in network.named_modules() if is_linear(module)}
+    layers = linear_layers(network)
     workspace = Workspace()
     for name, module in layers.items():
         bias = None if module.bias is None else module.bias.data.to(device, dtype, copy=True)
@@ -183,7 +183,7 @@ def target_names(network: Any, wanted: Sequence[str] | None, *, source: str) -> 
     Raises ModelError naming each entry of `wanted` that matches nothing.
     """
     head = network.get_output_embeddings()
-    names = [name for name, module in network.named_modules() if is_linear(module) and module is not head]
+    names = [name for name, module in linear_layers(network).items() if module is not head]
     chosen, missing = targets_among(names, wanted)
     if missing:
         kinds = sorted({re.sub(r".*\.", "", name) for name in names})

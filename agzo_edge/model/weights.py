@@ -16,6 +16,7 @@ from agzo_edge.errors import ModelError
 from agzo_edge.model.four_bit import FourBitWeight
 from agzo_edge.model.workspace import Workspace
 from agzo_edge.numerics.update import stochastically_rounded
+from agzo_edge.writers import is_in_state_space
 
 
 class BaseWeight(Protocol):
@@ -192,6 +193,12 @@ def base_weight_of(
     if isinstance(module, nn.Linear):
         return DenseWeight(weight.data)
     raise ModelError(f"{name}: a {kind} is no linear layer that AGZO can adapt")
+
+
+def linear_layers(network: nn.Module) -> dict[str, Any]:
+    """The layers that base weights are made of, by path: all linear ones but those of state-space mixers."""
+    modules = network.named_modules()
+    return {name: module for name, module in modules if is_linear(module) and not is_in_state_space(name)}
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from agzo_edge.errors import AdapterError, ModelError, numbered
-from agzo_edge.model.weights import base_weight_of, is_linear
+from agzo_edge.model.weights import base_weight_of, linear_layers
 from agzo_edge.record.adapter import LowRankPair
 from agzo_edge.record.strict_json import strict_object
 
@@ -96,8 +96,8 @@ def linear_shapes(checkpoint: Checkpoint) -> dict[str, LinearShape]:
         raise ModelError(f"{checkpoint.source}: no causal language model: {_first_line(error)}") from None
     tied_head = network.get_output_embeddings() if is_tied(checkpoint.config) else None
     shapes = {}
-    for name, module in network.named_modules():
-        if is_linear(module) and module is not tied_head:
+    for name, module in linear_layers(network).items():
+        if module is not tied_head:
             weight = base_weight_of(module, name=name, dtype=torch.float32)
             shapes[name] = LinearShape(*weight.shape, transposed=type(module).__name__ == "Conv1D")
     return shapes

@@ -1,10 +1,11 @@
 """Text from a model with its adapter."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from agzo_edge.config import Sampling
+from agzo_edge.config import Sampling, sampling_from
 from agzo_edge.errors import ModelError
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.writing import stop_ids
@@ -18,13 +19,14 @@ class TextModel:
     def __init__(self, model: EdgeModel) -> None:
         self.model = model
 
-    def generate(self, prompt: str | Sequence[Message], *, sampling: Sampling | None = None) -> str:
+    def generate(self, prompt: str | Sequence[Message], *, sampling: Sampling | None = None, **settings: Any) -> str:
         """The text that follows `prompt`: plain text, or a conversation for the tokenizer's chat template.
 
-        A model with a chat template answers a plain prompt as a user's message. Raises ModelError for a
-        conversation without a template, and for a prompt longer than the model's positions.
+        A model with a chat template answers a plain prompt as a user's message. `settings` are fields of Sampling,
+        such as max_new_tokens=64, and win over `sampling`. Raises ModelError for a conversation without a template, and
+        for a prompt longer than the model's positions, ConfigError for a setting that is none or out of its range.
         """
-        sampling = sampling or Sampling()
+        sampling = sampling_from((sampling or Sampling()).model_dump() | settings)
         ids = self._prompt_ids(prompt)
         sampling = self._within_positions(ids.shape[1], sampling)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

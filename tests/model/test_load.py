@@ -26,6 +26,7 @@ from helpers import (
 )
 from torch.testing import assert_close
 
+from agzo_edge.budget.facts import model_facts
 from agzo_edge.errors import ModelError
 from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
@@ -53,6 +54,17 @@ def test_unquantized_logits_are_those_of_transformers(family: str) -> None:
     valid = batch.attention_mask.bool()
     expected = reference_logits(reference(model.source), batch)
     assert_close(model_logits(model, batch)[valid], expected[valid], rtol=1e-4, atol=1e-4)
+
+
+def test_a_hybrid_s_state_space_mixers_are_left_as_they_are(tmp_path: Path) -> None:
+    mixer = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    save_tiny(transformers.FalconH1Config(**SHAPE, **mixer), tmp_path)
+    config = run_config(target_modules=("all-linear",), load_in_4bit=True)
+    model, facts = load_model(str(tmp_path), config), model_facts(str(tmp_path))
+    assert {"q_proj", "down_proj"} <= {name.rpartition(".")[2] for name in model.layers}
+    assert not any("mamba" in name for name in model.layers)
+    assert set(facts.targets(config.target_modules)) == set(model.layers)
+    assert_logits_are_those_of_the_dense_model(model)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -6,6 +6,7 @@ from helpers import FAMILIES, dense_reference, teach_at_random, tiny_batch, tiny
 from torch import Tensor
 
 from agzo_edge.config import Sampling
+from agzo_edge.errors import ConfigError
 from agzo_edge.model.branch import Branch
 from agzo_edge.model.passes import Perturbation
 from agzo_edge.model.runtime import EdgeModel
@@ -79,7 +80,11 @@ def test_one_prompt_is_answered_as_by_generate() -> None:
     ids = model.tokenizer("abc", return_tensors="pt").input_ids
     with model.context.running(mask=torch.ones_like(ids).bool()):
         (text,) = written_texts(model, ids, torch.ones_like(ids), max_new_tokens=N_NEW)
-    assert text == TextModel(model).generate("abc", sampling=Sampling(max_new_tokens=N_NEW))
+    writer = TextModel(model)
+    assert text == writer.generate("abc", sampling=Sampling(max_new_tokens=N_NEW))
+    assert text == writer.generate("abc", sampling=Sampling(max_new_tokens=1), max_new_tokens=N_NEW)
+    with pytest.raises(ConfigError, match=r"(?s)top_p.*max_tokens: no such setting"):
+        writer.generate("abc", max_tokens=N_NEW, top_p=2.0)
 
 
 def test_padding_moves_to_the_front_and_nothing_else_moves() -> None:
