@@ -8,7 +8,7 @@ unpacked on the device that uses them; a CPU and a GPU therefore see the same no
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -153,8 +153,13 @@ def guided_noise(
 
     Source: guided directions, Maheswaranathan et al., arXiv 1806.10230, with one direction for each layer.
     """
-    drawn = draw_noise(kind, (n_examples, 1, 1), **key)
-    return Noise(drawn.shape, drawn.entries(), guide)
+    return Noise((n_examples, 1, 1), _numbers(kind, n_examples, **key), guide)
+
+
+@lru_cache(maxsize=1024)  # layers, more than a model has: the update asks for what the pass has drawn
+def _numbers(kind: NoiseKind, n_examples: int, **key: int) -> Tensor:  # (examples, 1, 1) float32
+    """A number for each example; read, and never written to."""
+    return draw_noise(kind, (n_examples, 1, 1), **key).entries()
 
 
 def next_guide(
