@@ -19,6 +19,7 @@ class GpuSetup:
     capability: tuple[int, int] | None = None  # as torch tells it; None where torch can use no card
     compiled_for: tuple[str, ...] = ()  # torch's kernels: sm_75, ..., compute_120
     bitsandbytes_has_cuda: bool = False  # its library for this CUDA was there and could be loaded
+    kernel_fault: str | None = None  # why our own kernels do not work on the card; None where they do
 
 
 def setup_faults(setup: GpuSetup, *, quantized: bool = True) -> Iterator[str]:
@@ -43,7 +44,11 @@ def setup_faults(setup: GpuSetup, *, quantized: bool = True) -> Iterator[str]:
 
 def setup_notes(setup: GpuSetup, *, dtype: str) -> Iterator[str]:
     """What a person should know of computing in `dtype` on the card."""
-    if setup.capability is None or setup.capability >= _BF16_CAPABILITY:
+    if setup.capability is None:
+        return
+    if setup.kernel_fault is not None:
+        yield f"steps take longer than they need on {setup.card}, without Triton's kernels: {setup.kernel_fault}"
+    if setup.capability >= _BF16_CAPABILITY:
         return
     which = f"{setup.card} (compute capability {_dotted(setup.capability)})"
     if dtype == "float16":

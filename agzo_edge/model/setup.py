@@ -10,6 +10,8 @@ from agzo_edge.budget.memory import compute_dtype, computes_on_cpu
 from agzo_edge.budget.profile import Profile
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import ConfigError, numbered
+from agzo_edge.model.device import chosen_device
+from agzo_edge.numerics.compiled import kernel_fault
 
 
 def gpu_setup() -> GpuSetup:
@@ -24,6 +26,7 @@ def gpu_setup() -> GpuSetup:
         capability=torch.cuda.get_device_capability() if usable else None,
         compiled_for=tuple(torch.cuda.get_arch_list()) if usable else (),
         bitsandbytes_has_cuda=usable and _bitsandbytes_has_cuda(),
+        kernel_fault=kernel_fault(chosen_device("cuda")) if usable else None,
     )
 
 

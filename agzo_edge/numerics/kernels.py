@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agzo_edge.numerics.basis import NEGLIGIBLE, ROUNDING
-from agzo_edge.numerics.noise import Noise
+from agzo_edge.numerics import basis as torch_basis
+from agzo_edge.numerics import estimate as torch_estimate
+from agzo_edge.numerics import perturb as torch_perturb
+from agzo_edge.numerics.basis import NEGLIGIBLE, ROUNDING, starting_basis
+from agzo_edge.numerics.noise import Noise, draw_noise, guided_noise
 
 BLOCK_TOKENS, BLOCK_FEATURES = 32, 128  # 32 float32 sums for each of a program's 128 threads
 BLOCK_ENTRIES = 1024
@@ -234,3 +237,30 @@ def next_basis(product: Tensor, previous: Tensor) -> Tensor:  # both (in_feature
         num_warps=max(1, min(32, block // (32 * ENTRIES_OF_THREAD))),
     )
     return basis
+
+
+def require_torchs_numbers(device: torch.device) -> None:
+    """Raise ArithmeticError unless each kernel gives on a small case what torch gives on the CPU."""
+    start, factors = starting_basis(48, 2), (0.5, -0.25)
+    key = {"seed": 0, "step": 0, "layer": 0, "first_example": 0}
+    packed, guided = draw_noise("sign", (2, 48, 2), **key), guided_noise("sign", 2, start, **key)
+    weighted, product = torch.tensor([1.0, -2.0]), start @ torch.tensor([[3.0, 1.0], [1.0, 2.0]])
+    coordinates, example, there = start.view(4, 12, 2), torch.tensor([1, 0]), start.to(device)
+    cases = {
+        "update": (
+            weighted_signs(packed.stored.to(device), weighted.to(device), shape=(48, 2)),
+            torch_estimate.gradient_estimate(packed, weighted),
+        ),
+        "basis": (next_basis(product.to(device), there), torch_basis.next_basis(product, start)),
+    }
+    for name, noise in (("branch", packed), ("guided branch", guided)):
+        placed = Noise(noise.shape, noise.stored.to(device), None if noise.guide is None else there)
+        cases[name] = (
+            perturbed_product(
+                there.view(4, 12, 2), placed, example=example.to(device), factors=factors, coefficients=there, onto=None
+            ),
+            torch_perturb.perturbed_product(coordinates, noise, example=example, factors=factors, coefficients=start),
+        )
+    for name, (found, expected) in cases.items():
+        if not torch.allclose(found.cpu(), expected, rtol=1e-4, atol=1e-4):
+            raise ArithmeticError(f"the kernel of the {name} gives other numbers than torch")

@@ -53,6 +53,11 @@ def test_a_card_without_bfloat16_says_what_is_computed_in_what() -> None:
     assert list(setup_notes(TURING, dtype="float32")) == []
 
 
+def test_a_card_on_which_our_kernels_do_not_work_says_why() -> None:
+    (note,) = setup_notes(replace(SOUND, kernel_fault="RuntimeError: Failed to find C compiler"), dtype="bfloat16")
+    assert "without Triton's kernels: RuntimeError: Failed to find C compiler" in note
+
+
 @pytest.mark.parametrize(
     ("capability", "compiled_for", "runs"),
     [

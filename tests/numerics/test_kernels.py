@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from agzo_edge.numerics.basis import next_basis, starting_basis
+from agzo_edge.numerics.compiled import kernel_fault
 from agzo_edge.numerics.estimate import gradient_estimate
 from agzo_edge.numerics.noise import Noise, draw_noise, guided_noise
 from agzo_edge.numerics.perturb import perturbed_product
@@ -133,6 +134,33 @@ def test_the_kernel_keeps_the_basis_where_there_is_nothing_to_follow(kernels: Mo
     found = kernels.next_basis(product, previous)
     assert_close(found.mT @ found, torch.eye(4), rtol=0, atol=1e-5)
     assert_close(found[:, [0, 2, 3]], previous[:, [1, 2, 3]], rtol=0, atol=1e-5)
+
+
+def test_kernels_are_used_only_where_they_give_torchs_numbers(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels.require_torchs_numbers(torch.device("cpu"))
+    for name, kernel in (("weighted_signs", "update"), ("perturbed_product", "branch"), ("next_basis", "basis")):
+        with monkeypatch.context() as patch:
+            right = getattr(kernels, name)
+            patch.setattr(kernels, name, lambda *given, right=right, **named: right(*given, **named) + 0.01)
+            with pytest.raises(ArithmeticError, match=kernel):
+                kernels.require_torchs_numbers(torch.device("cpu"))
+
+
+def test_where_triton_cannot_compile_its_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel_fault.cache_clear()
+    assert "Error" in str(kernel_fault(torch.device("cpu")))  # no driver for a CPU
+    kernel_fault.cache_clear()
+    monkeypatch.setattr("agzo_edge.numerics.compiled.find_spec", lambda _name: None)
+    assert kernel_fault(torch.device("cpu")) == "Triton is not installed"
+    kernel_fault.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernels_work_on_this_machines_card() -> None:
+    assert kernel_fault(torch.device("cuda", 0)) is None
 
 
 @pytest.mark.gpu
