@@ -147,22 +147,25 @@ def mlp(job: Job) -> Iterator[Moment]:
 def finding_bases(job: Job) -> Iterator[Moment]:
     """The MLP's layers while they also find a basis and a scale from their inputs and outputs in float32.
 
-    In the step's own pass the mean of both signs and its valid tokens are made, of a 16-bit tensor's conversion; in a
-    plain one the valid tokens, and in 16 bit their conversion.
+    In the step's own pass the mean of both signs and its valid tokens are made, of a 16-bit tensor's conversion. In a
+    plain one the valid tokens: of inputs, which are then converted where they have 16 bit, and of outputs, with their
+    squares.
     """
     facts, b = job.facts, job.value_bytes
     h, m = facts.hidden_size, facts.block.mlp_width
     live = LIVE[facts.block.mlp_style]
-    tokens, seen = float(job.tokens), FLOAT32_BYTES + job.extra_float32_bytes
+    tokens, inputs = float(job.tokens), FLOAT32_BYTES + job.extra_float32_bytes
+    outputs = inputs
     if not job.finds_bases_in_pass:
-        tokens, seen = tokens / job.streams, FLOAT32_BYTES + (b if job.extra_float32_bytes else 0)
+        tokens = tokens / job.streams
+        inputs, outputs = FLOAT32_BYTES + (b if job.extra_float32_bytes else 0), 2 * FLOAT32_BYTES
     wide = tokens * job.mlp_share
     held = (live.around * tokens + tokens - wide) * h * b + _kept_scores(job)
     mask = _mask_bytes(job)
     if not job.trains_only_writers:
-        first = held + wide * m * (live.first * b + live.outputs * seen)
+        first = held + wide * m * (live.first * b + live.outputs * outputs)
         yield Moment(name="MLP's first layers, finding bases", activations=first, mask=mask)
-    last = held + wide * (m * (live.last * b + seen) + h * (b + FLOAT32_BYTES / 2))
+    last = held + wide * (m * (live.last * b + inputs) + h * (b + FLOAT32_BYTES / 2))
     yield Moment(name="MLP's last layer, finding bases", activations=last, mask=mask)
 
 

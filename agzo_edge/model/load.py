@@ -55,6 +55,7 @@ def edge_model(network: Any, tokenizer: Any, config: RunConfig, *, source: str) 
     _refuse_fused_experts(network, source, config)
     context = PassContext(power_iterations=config.power_iterations, relative=config.relative)
     transposed = _replace_layers(network, source, config, context=context, device=device, dtype=dtype)
+    give_back(device)  # quantizing leaves gaps, and the embeddings may be the most that is ever converted
     _place_the_rest(network, config, device=device, dtype=dtype)
     let_mlps_work_in_pieces(network, context)
     network.requires_grad_(False).eval()
