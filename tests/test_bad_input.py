@@ -107,6 +107,13 @@ def test_a_model_that_is_no_causal_language_model(bench: Bench, family: str, set
     bench.refused(bench.train(model=bench.root / "model"), "not a causal language model", model_class.__name__)
 
 
+def test_a_model_without_attention(bench: Bench) -> None:
+    config = transformers.Mamba2Config(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16)
+    transformers.Mamba2ForCausalLM(config).save_pretrained(bench.root / "model")
+    tiny_tokenizer().save_pretrained(bench.root / "model")
+    bench.refused(bench.train(model=bench.root / "model"), "not a causal language model", "mamba2 has no attention")
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_a_checkpoint_that_could_run_code_when_it_is_read(bench: Bench, name: str) -> None:
     model = bench.copy_of_model()

@@ -17,6 +17,7 @@ StoredAs = Literal["dense", "4bit", "4bit-nested", "8bit"]
 _BACK_TO_HIDDEN = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "w2", "wo")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 _HEADS = ("lm_head", "embed_out")
+_WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 _HEAD_COUNTS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -155,6 +156,8 @@ def _text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
         faults.append(f"its architecture is {', '.join(map(repr, architectures))}")
     if config.get("is_encoder_decoder"):
         faults.append("it is an encoder and a decoder")
+    if (kind := str(config.get("model_type"))) in _WITHOUT_ATTENTION:
+        faults.append(f"{kind} has no attention, and its kernels read the weights past the layers")
     if faults:
         raise ModelError(f"{checkpoint.source}: not a causal language model: {'; '.join(faults)}")
     return {**config, **nested} if isinstance(nested, dict) else config
@@ -170,7 +173,7 @@ def _size(config: Mapping[str, Any], source: str, *names: str) -> int:
     value = next((config[name] for name in names if config.get(name) is not None), None)
     if type(value) is not int or value <= 0:
         known = f"config.json gives {' or '.join(names)} as {value!r}"
-        raise ModelError(f"{source}: not a causal language model with attention: {known}")
+        raise ModelError(f"{source}: not a causal language model: {known}")
     return value
 
 
