@@ -65,7 +65,7 @@ def moments(job: Job) -> Iterator[Moment]:
         yield writing(job)
         yield merging(job)
     if job.on_cpu:
-        yield loading(job)
+        yield from loading(job)
 
 
 def logits(job: Job) -> Moment:
@@ -156,10 +156,11 @@ def writing(job: Job) -> Moment:
     return Moment(name="opening a window", activations=max(o * i for o, i in job.opened.values()) * per_weight)
 
 
-def loading(job: Job) -> Moment:
-    """The largest layer while it is converted and quantized, or embeddings on their way into a mapped file.
+def loading(job: Job) -> Iterator[Moment]:
+    """The largest layer while it is converted and quantized, then embeddings on their way into a mapped file.
 
-    Layers come before the embeddings, whose memory is still free then, as the workspace's is until a step.
+    Layers come before the embeddings, whose memory is still free then, as the workspace's is until a step. Between the
+    two the heap is trimmed.
     """
     facts, b = job.facts, job.value_bytes
     layer, (out, inp) = max(facts.linears.items(), key=lambda item: item[1][0] * item[1][1])
@@ -167,12 +168,12 @@ def loading(job: Job) -> Moment:
     if job.stored_as == "8bit":
         per_weight += QUANTIZING_8BIT_BYTES
     unused = 0 if job.opened else workspace(job).n_bytes
-    moved = 0
     if job.place_of("embeddings") == "mapped":
         moved = facts.tensors[facts.largest_other].n_entries * b if job.converts(facts.largest_other) else 0
+        yield Moment(name="moving the embeddings", activations=max(0, moved - unused), trimmed=True)
     else:
         unused += (facts.embedding_entries + facts.head_entries) * b
-    return Moment(name="loading", activations=max(0, max(moved, out * inp * per_weight) - unused))
+    yield Moment(name="loading", activations=max(0, out * inp * per_weight - unused))
 
 
 def merging(job: Job) -> Moment:
