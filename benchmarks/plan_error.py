@@ -233,6 +233,12 @@ def measured(model: Path, combination: dict[str, Any]) -> dict[str, Any]:
         return {"failed": told}
 
 
+def predicted_bytes(plan: dict[str, Any]) -> int:
+    """The peak that a plan expects over what a run's process had before."""
+    there_before = sum(part["bytes"] for part in plan["components"] if part["name"] in THERE_BEFORE)
+    return int(plan["device_bytes"] - there_before)
+
+
 def anonymous_of(process: int) -> int:
     """Anonymous bytes of a process; 0 when it is gone."""
     try:
@@ -272,9 +278,7 @@ def main() -> None:
             give_back(torch.device("cpu"))
             result = {"number": number, **combination, **measured(model, combination)}
             if "plan" in result:
-                parts = result["plan"]["components"]
-                there_before = sum(part["bytes"] for part in parts if part["name"] in THERE_BEFORE)
-                result["predicted_bytes"] = result["plan"]["device_bytes"] - there_before
+                result["predicted_bytes"] = predicted_bytes(result["plan"])
                 result["error"] = result["predicted_bytes"] / result["peak_bytes"] - 1
             results.append(result)
             print(_line(result), file=sys.stderr, flush=True)

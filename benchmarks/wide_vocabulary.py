@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from environment import environment, leave_result, parser_of
-from plan_error import checkpoint, measured, warm_up
+from plan_error import checkpoint, measured, predicted_bytes, warm_up
 
 from agzo_edge.budget.activations import mlp
 from agzo_edge.budget.detect import machine_profile
@@ -55,7 +55,7 @@ def main() -> None:
         "weights MiB": weights / MIB,
         "widest layer MiB": activations / MIB,
         "peak MiB": peak / MIB,
-        "predicted MiB": (result["plan"]["device_bytes"] - parts["context"]) / MIB,
+        "predicted MiB": predicted_bytes(result["plan"]) / MIB,
         "peak over their sum": peak / (weights + activations),
     }
     leave_result(arguments, began=began, summary=[row], plan=result["plan"])

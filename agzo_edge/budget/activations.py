@@ -154,11 +154,13 @@ def finding_bases(job: Job) -> Iterator[Moment]:
     facts, b = job.facts, job.value_bytes
     h, m = facts.hidden_size, facts.block.mlp_width
     live = LIVE[facts.block.mlp_style]
-    tokens, inputs = float(job.tokens), FLOAT32_BYTES + job.extra_float32_bytes
-    outputs = inputs
-    if not job.finds_bases_in_pass:
-        tokens = tokens / job.streams
-        inputs, outputs = FLOAT32_BYTES + (b if job.extra_float32_bytes else 0), 2 * FLOAT32_BYTES
+    if job.finds_bases_in_pass:
+        tokens: float = job.tokens
+        inputs = outputs = FLOAT32_BYTES + job.extra_float32_bytes
+    else:
+        tokens = job.tokens / job.streams
+        inputs = FLOAT32_BYTES + (b if job.extra_float32_bytes else 0)
+        outputs = 2 * FLOAT32_BYTES
     wide = tokens * job.mlp_share
     held = (live.around * tokens + tokens - wide) * h * b + _kept_scores(job)
     mask = _mask_bytes(job)

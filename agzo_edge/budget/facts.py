@@ -172,8 +172,7 @@ def _size(config: Mapping[str, Any], source: str, *names: str) -> int:
     """The first of `names` that config.json gives. Raises ModelError when none is a positive number."""
     value = next((config[name] for name in names if config.get(name) is not None), None)
     if type(value) is not int or value <= 0:
-        known = f"config.json gives {' or '.join(names)} as {value!r}"
-        raise ModelError(f"{source}: not a causal language model: {known}")
+        raise ModelError(f"{source}: not a causal language model: config.json gives {' or '.join(names)} as {value!r}")
     return value
 
 
