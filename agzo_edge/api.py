@@ -161,7 +161,7 @@ def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
     """The model of `config`, inside its budget, with an adapter on it."""
     from agzo_edge.model.branch import set_learned
     from agzo_edge.model.load import load_model
-    from agzo_edge.model.setup import require_usable_gpu
+    from agzo_edge.model.setup import require_usable_device
     from agzo_edge.preparation import on_adapters_layers
     from agzo_edge.rundir import load_changes
 
@@ -169,7 +169,7 @@ def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
     facts = model_facts(str(config.model))
     config = on_adapters_layers(config.model_copy(update={"guide": "none", "target_modules": None}), changes, facts)
     machine = machine_profile(config.profile)
-    require_usable_gpu(config, machine)
+    require_usable_device(config, machine)
     fitted = fitted_run(facts, config, machine)
     loaded = load_model(str(config.model), fitted.config)
     set_learned(loaded.branches, changes)

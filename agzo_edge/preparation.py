@@ -11,7 +11,7 @@ from agzo_edge.errors import ConfigError
 from agzo_edge.events import Planned
 from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_tokenizer
-from agzo_edge.model.setup import require_usable_gpu
+from agzo_edge.model.setup import require_usable_device
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.examples import load_examples
@@ -42,7 +42,7 @@ def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]
     Raises BudgetError when nothing fits, ConfigError for a GPU that cannot be used or is not there.
     """
     machine = machine_profile(config.profile)
-    notes = require_usable_gpu(config, machine)
+    notes = require_usable_device(config, machine)
     if machine.kind == "cuda" and config.device != "cpu" and chosen_device(config.device).type == "cpu":
         raise ConfigError(
             f"profile '{machine.name}' is a GPU's, and torch sees no CUDA device here: use --profile auto to train on "

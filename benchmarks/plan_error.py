@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ SAMPLE_S = 0.001
 VOCABULARIES = (16_000, 32_000, 64_000)
 SIZES = (256, 384, 512, 768, 1024)  # hidden
 WORDS = 500  # of the tokenizer: the rest of the vocabulary is never met, and costs the same
+DTYPES = ("float32", "bfloat16")
 THERE_BEFORE = ("context", "tokenizer")  # in a plan, and no part of what is measured
 FAMILIES = {
     "llama": "LlamaConfig",
@@ -155,7 +156,7 @@ def write_rows(path: Path, combination: dict[str, Any]) -> Path:
     return path
 
 
-def warm_up(root: Path) -> None:
+def warm_up(root: Path, *, dtypes: Sequence[str] = DTYPES) -> None:
     """Runs in this process, so that its children find everything imported and every cache filled.
 
     One is as large as those to come: a matmul library keeps buffers of the size that it once needed, and a run
@@ -171,6 +172,8 @@ def warm_up(root: Path) -> None:
         (small, {"batch_size": 2, "max_seq_length": 32, "difference": "exact"}, True),
         (small, {"batch_size": 2, "max_seq_length": 32, "load_in_8bit": True, "objective": "choice"}, False),
     ):
+        if settings.get("dtype", "float32") not in dtypes:
+            continue
         model = sizes | {"stored": "float32", "grouped": 1}
         common = {"objective": "lm", "max_steps": 2, "refresh_every": 1}
         with tempfile.TemporaryDirectory() as folder:
@@ -257,6 +260,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="where the models are kept; by default they are thrown away")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after so long")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of combinations to run alone")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the combinations that are run")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.count = 2
@@ -267,11 +271,12 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as thrown_away:
         root = arguments.models or Path(thrown_away)
-        warm_up(root)
+        warm_up(root, dtypes=arguments.dtypes)
         for number, combination in enumerate(drawn(arguments.seed, arguments.count)):
             if time.monotonic() > until:
                 break
-            if arguments.only and number not in arguments.only:
+            wanted = combination["settings"]["dtype"] in arguments.dtypes
+            if not wanted or (arguments.only and number not in arguments.only):
                 continue
             model = checkpoint(root, combination["model"])
             gc.collect()

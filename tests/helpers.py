@@ -194,7 +194,7 @@ def tiny_micro_batches(n: int, size: int, *, options: int = 1, seed: int = 0) ->
 def model_logits(model: EdgeModel, batch: Batch) -> Tensor:
     """The unperturbed logits of a batch (rows, tokens, vocabulary)."""
     with torch.no_grad(), model.context.running(mask=batch.attention_mask.bool()):
-        return model.logits(model.hidden_states(batch.input_ids, batch.attention_mask))
+        return model.logits(model.hidden_states(batch.input_ids))
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

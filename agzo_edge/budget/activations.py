@@ -12,6 +12,7 @@ from typing import NamedTuple
 from agzo_edge.budget.job import FLOAT32_BYTES, Job, folded_rank
 
 SIGN_ENTRY_BYTES = 0.75  # packed bits, the words they came from, the index of each byte's eight signs
+CAPPED_QUERIES = 256  # whose scores exist at once, where attention caps them
 GAUSSIAN_ENTRY_BYTES = 40  # float64 words, uniforms, radius, angle and values, on the CPU
 
 
@@ -68,10 +69,11 @@ def block_moments(job: Job) -> Iterator[Moment]:
 
 
 def attention(job: Job) -> Moment:
-    """Attention at its kernel: (outer h + (heads + expanded) q + key_values kv) b for each token, and a float mask.
+    """Attention at its kernel: (outer h + (heads + expanded) q + key_values kv) b for each token.
 
-    With fewer key heads than query heads, keys and values are repeated; rotating the queries takes the same.
-    A soft cap (Gemma 2) has no fused kernel: two copies of the scores, and in 16 bit one more in float32.
+    With fewer key heads than query heads, keys and values are repeated; rotating the queries takes the same. Where
+    attention is written out there are two copies of the scores, and in 16 bit one more in float32; where it is ours,
+    two copies of some queries' scores in float32, and on a CPU everything in it is float32.
     """
     facts, b = job.facts, job.value_bytes
     heads, key_values = _projections(job)
@@ -79,11 +81,17 @@ def attention(job: Job) -> Moment:
     packed = 2 if job.on_cpu and b < FLOAT32_BYTES else 0  # the CPU's 16-bit kernel lays keys and values out anew
     queries = heads + expanded + packed
     scores = 0.0
-    if facts.block.keeps_scores:
+    if facts.block.caps_scores:
+        scores = job.rows * facts.n_heads * _queries_at_once(job) * job.row_tokens * 2 * FLOAT32_BYTES
+        if packed:
+            scores += job.tokens * 2 * (facts.query_width + facts.kv_width) * FLOAT32_BYTES
+    elif facts.block.keeps_scores:
         queries = heads + expanded - 1  # the output comes after the scores
         scores = job.rows * facts.n_heads * job.row_tokens**2 * (FLOAT32_BYTES + b + job.extra_float32_bytes)
     per_token = _outer(job) * facts.hidden_size + queries * facts.query_width + key_values * facts.kv_width
-    mask = _mask_bytes(job) + (0 if scores else job.rows * job.row_tokens**2 * b)
+    mask = _mask_bytes(job)
+    if mask and not scores:  # as the kernel takes it: a number for each pair
+        mask += job.rows * job.row_tokens**2 * b
     return Moment(name="attention", activations=job.tokens * per_token * b + scores, mask=mask)
 
 
@@ -108,7 +116,7 @@ def exact_attention(job: Job) -> Moment:
     value comes with its tangent.
     """
     facts, b = job.facts, job.value_bytes
-    scores = job.rows / 2 * facts.n_heads * job.row_tokens**2 * FLOAT32_BYTES
+    scores = job.rows / 2 * facts.n_heads * _queries_at_once(job) * job.row_tokens * FLOAT32_BYTES
     in_float32 = 7 if job.extra_float32_bytes else 0  # copies of the projections
     key_values = 3 if facts.block.rotary and not facts.block.fused_qkv else 0
     outer = _outer(job) - 0.5
@@ -117,9 +125,9 @@ def exact_attention(job: Job) -> Moment:
         (4 * scores, outer * facts.hidden_size + (7 + in_float32) * facts.query_width + key_values * facts.kv_width),
     )
     activations = max(held + job.tokens * per_token * b for held, per_token in (long, short))
-    return Moment(
-        name="attention", activations=activations, mask=_mask_bytes(job) + job.rows / 2 * job.row_tokens**2 * b
-    )
+    mask = _mask_bytes(job)
+    as_taken = job.rows / 2 * b if mask else 1 + b  # without a mask of its own, torch makes one for all rows
+    return Moment(name="attention", activations=activations, mask=mask + job.row_tokens**2 * as_taken)
 
 
 def mlp(job: Job) -> Iterator[Moment]:
@@ -239,11 +247,19 @@ def _kept_scores(job: Job) -> float:
     return job.rows * job.facts.n_heads * job.row_tokens**2 * job.value_bytes
 
 
-def _mask_bytes(job: Job) -> float:
-    """The masks of padding and causality, which stand through the pass: a byte for each pair of a row's tokens.
+def _queries_at_once(job: Job) -> int:
+    """The tokens of a row whose scores exist at the same time."""
+    return min(job.row_tokens, CAPPED_QUERIES) if job.facts.block.caps_scores else job.row_tokens
 
-    Where the scores are kept, a mask is a number of the compute dtype, to be added to them.
+
+def _mask_bytes(job: Job) -> float:
+    """The mask that stands through a pass: none, since padding comes last and causality needs none.
+
+    A window needs one where rows are as long: a byte for each pair of tokens, for all rows together. Attention that is
+    written out adds a number of the compute dtype for each pair, in each row.
     """
-    block = job.facts.block
-    rows = job.rows / 2 if job.exact else job.rows
-    return rows * job.row_tokens**2 * block.n_masks * (job.value_bytes if block.keeps_scores else 1)
+    block, pairs = job.facts.block, job.row_tokens**2
+    windowed = block.window is not None and job.row_tokens >= block.window
+    if block.keeps_scores:
+        return (job.rows / 2 if job.exact else job.rows) * pairs * job.value_bytes * (1 + windowed)
+    return pairs * windowed

@@ -12,7 +12,7 @@ MlpStyle = Literal["plain", "gated", "fused gate", "written out"]
 _WRITTEN_OUT = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")  # temporaries instead of one kernel
 _FUSED_QKV = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 _POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
-_TWO_MASKS = ("gemma2", "gemma3", "gemma3_text", "cohere2")  # windows in some layers, though no layer_types say so
+_EAGER = ("bloom", "codegen", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt", "xglm")  # no fused attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class Block:
     fused_qkv: bool  # one layer makes queries, keys and values, whose tensor lives until the block's output
     rotary: bool  # queries and keys are rotated; else positions are added to the embeddings
     positions_by_row: bool  # the added positions are looked up for every row (OPT), not once for all (GPT-2)
-    keeps_scores: bool  # attention keeps its (tokens, tokens) scores: no fused kernel knows a soft cap
-    n_masks: int  # of attention: two where some layers see a window and others everything
+    keeps_scores: bool  # attention is written out, and keeps its (tokens, tokens) scores until the block's end
+    caps_scores: bool  # attention is ours, some queries at a time: no fused kernel knows a soft cap (Gemma 2)
+    window: int | None  # tokens that a token sees in some layers: rows as long or longer need a mask for it
 
 
 def block_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]], tensors: Collection[str]) -> Block:
@@ -38,8 +39,9 @@ def block_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]], 
         fused_qkv=bool(leaves & set(_FUSED_QKV)),
         rotary=not tables,
         positions_by_row="embed_positions" in tables,
-        keeps_scores=bool(config.get("attn_logit_softcapping")),
-        n_masks=_n_masks(config),
+        keeps_scores=config.get("model_type") in _EAGER,
+        caps_scores=bool(config.get("attn_logit_softcapping")),
+        window=_window(config),
     )
 
 
@@ -58,8 +60,10 @@ def _mlp_style(config: Mapping[str, Any], leaves: set[str]) -> MlpStyle:
     return "written out" if activation in _WRITTEN_OUT else "plain"
 
 
-def _n_masks(config: Mapping[str, Any]) -> int:
+def _window(config: Mapping[str, Any]) -> int | None:
+    """The narrowest window of a layer's attention; some configurations name one that no layer uses."""
     kinds = config.get("layer_types")
-    if isinstance(kinds, list):
-        return len({str(kind) for kind in kinds} & {"full_attention", "sliding_attention"}) or 1
-    return 2 if config.get("model_type") in _TWO_MASKS else 1
+    if config.get("use_sliding_window") is False or (isinstance(kinds, list) and set(kinds) <= {"full_attention"}):
+        return None
+    named = (config.get(key) for key in ("sliding_window", "attention_chunk_size"))
+    return min((size for size in named if type(size) is int and size > 0), default=None)

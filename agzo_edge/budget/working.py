@@ -96,15 +96,17 @@ def _chunk(job: Job, *, streams: int) -> tuple[int, int]:
 def answering(job: Job) -> Iterator[Moment]:
     """Texts on their way: keys and values of all tokens, beside a block at the prompts, then the next token's logits.
 
-    A cache grows by a copy: while a layer's is made longer, the old one is there as well. A row's logits and their
-    probabilities, while a token is drawn, take four float32 and two float64 for each word.
+    A cache grows by a copy: while a layer's is made longer, the old one is there as well. Prompts are padded in front,
+    and so have masks, as bytes and as the kernel takes them. A row's logits and their probabilities, while a token is
+    drawn, take four float32 and two float64 for each word.
     """
     facts = job.facts
     token_bytes = 2 * facts.n_layers * facts.kv_width * job.value_bytes
     tokens = job.rows * (job.row_tokens + job.config.written_tokens)
     cache = tokens * (token_bytes + token_bytes // facts.n_layers)
     fullest = max(block_moments(job), key=lambda moment: moment.n_bytes)
-    yield replace(fullest, name=f"{fullest.name}, answering", cache=cache)
+    masks = job.rows * job.row_tokens**2 * (1 + job.value_bytes)
+    yield replace(fullest, name=f"{fullest.name}, answering", cache=cache, mask=max(fullest.mask, masks))
     yield Moment(name="next token", logits=job.rows * facts.vocab_size * NEXT_TOKEN_BYTES, cache=cache)
 
 

@@ -1,10 +1,5 @@
 """Which device, dtype and threads we compute with."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
@@ -61,18 +56,3 @@ def sync(device: torch.device) -> None:
     """Wait for the device to finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def exact_attention(wanted: bool) -> Iterator[None]:
-    """Inside, attention uses the one kernel that has a forward-mode rule; the fast ones raise."""
-    if not wanted:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts its own rules, and warns of it
-        import_module("torch._decomp.decompositions_for_jvp")
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.MATH):
-        yield

@@ -13,6 +13,7 @@ from torch import nn
 
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, numbered
+from agzo_edge.model.attention import choose_attention
 from agzo_edge.model.device import chosen_device, chosen_dtype, use_threads
 from agzo_edge.model.linear import BranchedLinear, FrozenLinear
 from agzo_edge.model.memory import give_back, return_what_is_freed
@@ -58,6 +59,7 @@ def edge_model(network: Any, tokenizer: Any, config: RunConfig, *, source: str) 
     give_back(device)  # quantizing leaves gaps, and the embeddings may be the most that is ever converted
     _place_the_rest(network, config, device=device, dtype=dtype)
     let_mlps_work_in_pieces(network, context)
+    choose_attention(network, device=device, dtype=dtype)
     network.requires_grad_(False).eval()
     model = EdgeModel(network, tokenizer, device, dtype, context, source, branches=[], transposed=transposed)
     model.offloaded = config.offload

@@ -36,9 +36,13 @@ class EdgeModel:
     offloaded: str = "none"  # what waits outside the device: none, embeddings or layers
     host_hooks: list[Any] = field(default_factory=list)  # on embeddings that wait on the host
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(rows, tokens) -> (rows, tokens, hidden_size): what the head turns into logits."""
-        output = self.network.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """(rows, tokens) -> (rows, tokens, hidden_size): what the head turns into logits.
+
+        Rows are padded at their end, which no token before it sees: attention needs no mask but its own causality,
+        and so its fastest kernel can be taken. What comes out at the padding means nothing.
+        """
+        output = self.network.base_model(input_ids=input_ids, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -188,11 +192,11 @@ def _layer_inputs(model: EdgeModel) -> dict[str, Tensor]:
         with torch.no_grad(), model.context.running(mask=mask.bool(), refresh=Refresh.NONE):
             expected = model.network(input_ids=ids, attention_mask=mask, use_cache=False).logits
             put_out.clear()
-            hidden = model.hidden_states(ids, mask)
+            hidden = model.hidden_states(ids)
             model.last_module = put_out.get(hidden.data_ptr())
             ours = model.logits(hidden)
             ids[:, -1] += 1
-            before_last = model.hidden_states(ids, mask)[:, :-1]
+            before_last = model.hidden_states(ids)[:, :-1]
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,7 +8,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from agzo_edge.data_config import Objective
-from agzo_edge.model.device import exact_attention
+from agzo_edge.model.attention import exact_attention
 from agzo_edge.model.memory import trim_heap
 from agzo_edge.model.passes import Perturbation, Refresh
 from agzo_edge.model.runtime import EdgeModel
@@ -107,7 +107,7 @@ def loss_of(
 def run_layers(model: EdgeModel, batch: Batch, *, refresh: Refresh) -> None:
     """Let the layers see a batch, for the bases that they find in it; nothing is scored."""
     with model.context.running(mask=batch.attention_mask.bool(), refresh=refresh):
-        model.hidden_states(batch.input_ids, batch.attention_mask)
+        model.hidden_states(batch.input_ids)
 
 
 def label_scores(model: EdgeModel, batch: Batch) -> Tensor:  # (streams, rows) float32
@@ -119,7 +119,7 @@ def label_sums(model: EdgeModel, batch: Batch) -> Tensor:  # (streams, rows) flo
     """The negative log-likelihood of each row's label tokens together."""
     streams = model.context.n_streams
     row, token = batch.predicts
-    hidden = model.hidden_states(batch.input_ids.repeat(streams, 1), batch.attention_mask.repeat(streams, 1))
+    hidden = model.hidden_states(batch.input_ids.repeat(streams, 1))
     hidden = hidden.unflatten(0, (streams, -1))[:, row, token]
     labels = batch.input_ids[row, token + 1]
     if hidden.device.type == "cpu":

@@ -13,7 +13,7 @@ RANKS = {"fits": 0, "in pieces": 1, "refused": 2}
 
 
 def swept(**settings: object) -> tuple[RunConfig, Sweep]:
-    config = config_from({"vram_limit": "700MiB", "micro_batch_size": 8, **settings})
+    config = config_from({"vram_limit": "400MiB", "micro_batch_size": 8, **settings})
     return config, memory_sweep(FACTS, config, GPU)
 
 

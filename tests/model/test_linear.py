@@ -32,7 +32,7 @@ def perturbed_logits(model: EdgeModel, batch: Batch, *steps: float) -> Tensor:  
     perturbation = Perturbation(noise_of=noise_of, example=torch.tensor([0, 1, 1]), steps=steps)
     n = len(steps)
     with torch.no_grad(), model.context.running(mask=batch.attention_mask.bool(), perturbation=perturbation):
-        hidden = model.hidden_states(batch.input_ids.repeat(n, 1), batch.attention_mask.repeat(n, 1))
+        hidden = model.hidden_states(batch.input_ids.repeat(n, 1))
         return model.logits(hidden).unflatten(0, (n, -1))
 
 

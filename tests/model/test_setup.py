@@ -7,14 +7,26 @@ from agzo_edge.budget.detect import cpu_profile
 from agzo_edge.budget.profile import load_profile
 from agzo_edge.config import config_from
 from agzo_edge.errors import ConfigError
-from agzo_edge.model.setup import gpu_setup, require_usable_gpu
+from agzo_edge.model.setup import gpu_setup, require_usable_device
 
 NVIDIA_SMI = "#!/bin/sh\necho 'NVIDIA GeForce GTX 1650, 4096, 4000, 7.5, 390.10'\n"
 
 
 def test_a_run_on_the_cpu_is_asked_nothing_about_a_gpu() -> None:
-    assert require_usable_gpu(config_from({}), cpu_profile()) == ()
-    assert require_usable_gpu(config_from({"device": "cpu"}), load_profile("gtx-1650-4gb")) == ()
+    assert require_usable_device(config_from({}), cpu_profile()) == ()
+    assert require_usable_device(config_from({"device": "cpu"}), load_profile("gtx-1650-4gb")) == ()
+
+
+@pytest.mark.parametrize(
+    ("vectors", "dtype", "told"), [("AVX2", "bfloat16", 1), ("AVX2", "auto", 0), ("AVX512", "bfloat16", 0)]
+)
+def test_16_bit_on_a_cpu_without_instructions_for_it_is_told(
+    vectors: str, dtype: str, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    notes = require_usable_device(config_from({"device": "cpu", "dtype": dtype}), cpu_profile())
+    assert len(notes) == told
+    assert all("--dtype float32" in note for note in notes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use this machine's card")
@@ -29,7 +41,7 @@ def test_a_card_that_torch_cannot_use_is_refused_with_the_reason(
     assert gpu_setup().driver == "390.10"
     expected = "390.10" if torch.version.cuda else "install torch's CUDA build"
     with pytest.raises(ConfigError, match=f"--device cpu computes without it(.|\n)*{expected}"):
-        require_usable_gpu(config_from({}), load_profile("gtx-1650-4gb"))
+        require_usable_device(config_from({}), load_profile("gtx-1650-4gb"))
 
 
 @pytest.mark.gpu
