@@ -40,7 +40,8 @@ def resolve(
     Raises ConfigError with every fault.
     """
     in_file = read_toml(Path(config_file)) if config_file else {}
-    preset = preset or in_file.pop("preset", "default")
+    in_file_preset = in_file.pop("preset", "default")
+    preset = preset or in_file_preset
     given = in_file | {name: value for name, value in settings.items() if value is not None}
     if given.get("model") is None and given.get("data") is not None:
         raise ConfigError("data is given and no model: name one with --model, or give neither for the demo")
@@ -171,7 +172,7 @@ def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
     machine = machine_profile(config.profile)
     require_usable_device(config, machine)
     fitted = fitted_run(facts, config, machine)
-    loaded = load_model(str(config.model), fitted.config)
+    loaded = load_model(str(config.model), fitted.config, trains=False)
     set_learned(loaded.branches, changes)
     return loaded
 
@@ -193,7 +194,7 @@ def replay(
     from agzo_edge.rundir import read_run, require_unused, save_result
 
     source = Path(run)
-    target = Path(output) if output else source.with_suffix("") / "replayed"
+    target = Path(output) if output else (source.with_suffix("") if source.is_file() else source) / "replayed"
     require_unused(target)
     if source.is_file():
         kept = load_replay(source)
@@ -257,6 +258,7 @@ def check_numerics(model: str | None = None, data: str | None = None, **settings
     Without `data` on the demo's. Raises BudgetError when a step with exact differences does not fit.
     """
     from agzo_edge.model.load import load_model
+    from agzo_edge.model.setup import require_usable_device
     from agzo_edge.train.examples import load_examples
     from agzo_edge.train.fidelity import fidelity
     from agzo_edge.train.goal import goal_of
@@ -266,8 +268,12 @@ def check_numerics(model: str | None = None, data: str | None = None, **settings
     config = resolve({"model": model, "data": data, **settings})
     if config.difference == "exact":
         raise ConfigError("exact differences have no mu to check: ask about central or forward ones")
+    if config.objective == "reward":
+        raise ConfigError("a reward has no exact difference to compare with: ask about another objective")
     exact = config.model_copy(update={"difference": "exact"})  # what needs the most memory
-    fitted = fitted_run(model_facts(str(config.model)), exact, machine_profile(config.profile)).config
+    machine = machine_profile(config.profile)
+    require_usable_device(exact, machine)
+    fitted = fitted_run(model_facts(str(config.model)), exact, machine).config
     loaded = load_model(str(config.model), fitted)
     examples = load_examples(str(config.data), loaded.tokenizer, config)
     loaded.require_positions(examples.report.longest_tokens)

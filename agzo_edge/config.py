@@ -166,7 +166,7 @@ class RunConfig(AgzoConfig, DataConfig):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         faults = []
-        if self.refresh_every and self.warmup_steps >= self.max_steps > 1:
+        if self.warmup_steps >= self.max_steps > 1:
             faults.append(f"warmup_steps is {self.warmup_steps}, and the run has only {self.max_steps} steps")
         if self.micro_batch_size and self.micro_batch_size > self.batch_size:
             faults.append(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")

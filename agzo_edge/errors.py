@@ -1,12 +1,12 @@
 """Everything that can go wrong for a person, each with its exit code.
 
     AgzoError                  1   failure while running
-    ├── UsageError             2   bad usage, configuration, model or data; nothing was written
+    ├── UsageError             2   bad usage, configuration, model or data
     │   ├── ConfigError            a flag, a field of a TOML file, a profile
     │   ├── ModelError             a checkpoint that cannot be read or adapted
     │   ├── DataError              a data file, with file and line
     │   └── AdapterError           an adapter, a journal or a run directory
-    ├── BudgetError            3   the plan does not fit the limit; nothing was loaded
+    ├── BudgetError            3   the run does not fit its limit; nothing was learned
     ├── BudgetBrokenError      4   the limit was passed while running
     ├── NonFiniteLossError     1   a loss was NaN or infinite; the rows are named
     └── RewardError            1   a reward failed while running; the row is named
@@ -25,7 +25,7 @@ class AgzoError(Exception):
 
 
 class UsageError(AgzoError):
-    """Something the user gave cannot be used; nothing was written."""
+    """Something the user gave cannot be used: nothing is written, but for a run that meets a bad row on its way."""
 
     exit_code = 2
 
@@ -47,7 +47,7 @@ class AdapterError(UsageError):
 
 
 class BudgetError(AgzoError):
-    """The plan does not fit the limit. Raised before any weight is loaded."""
+    """The run does not fit its limit: by its plan, before a weight is loaded, or by its longest rows, before a step."""
 
     exit_code = 3
 

@@ -35,6 +35,7 @@ from agzo_edge.footprint import Footprint
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_model
+from agzo_edge.model.memory import expect_outside_torch
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.preparation import on_adapters_layers, planned_run, run_data
 from agzo_edge.rebuild import bring_up_to
@@ -97,7 +98,9 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
             f"the adapter to start from has rank {widest}, and adapter_rank is {config.adapter_rank}: it would be "
             f"cut down; use --adapter-rank {widest}"
         )
-    footprint = Footprint(chosen_device(config.device))
+    device = chosen_device(config.device)
+    expect_outside_torch(device, planned.plan.bytes_of("context"))
+    footprint = Footprint(device)
     model = load_model(str(config.model), config)
     footprint.mark()
     longest = max(part.report.longest_tokens for part in (data, held_out) if part)
@@ -195,10 +198,10 @@ class _Session:
             ):
                 keep_step(self.out, journal, timed, learner)
                 self.account.take(timed)
-                yield from (Moved(done, what) for what in timed.moves)
+                begun_at, done = done, timed.record.step + 1  # before anything is told: whoever listens may end the run
+                yield from (Moved(begun_at, what) for what in timed.moves)
                 if timed.record.went_back_to is not None:
-                    yield WentBack(done, timed.record.went_back_to, timed.record.learning_rate)
-                done = timed.record.step + 1
+                    yield WentBack(begun_at, timed.record.went_back_to, timed.record.learning_rate)
                 yield Stepped(timed)
                 if timed.record.ended_at is not None:
                     yield WentBack(done, timed.record.ended_at, 0.0)

@@ -100,7 +100,8 @@ class FirstOrderLora:
         self.optimizer.param_groups[0]["lr"] = learning_rate
         losses = self._row_scores(batch)
         if objective == "choice":
-            losses = choice_losses(option_table(-losses, batch.example, batch.answer.shape[0]), batch.answer)
+            table = option_table(-losses, batch.example, batch.option, batch.options_shape)
+            losses = choice_losses(table, batch.answer)
         loss = batch.weights @ losses[0]
         self.optimizer.zero_grad()
         loss.backward()

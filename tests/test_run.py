@@ -21,6 +21,7 @@ from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import AdapterError, BudgetBrokenError, BudgetError, ConfigError
 from agzo_edge.events import Evaluated, Event, Finished, Moved, Planned, Saved, Stepped, WentBack
 from agzo_edge.session import training
+from agzo_edge.train.guard import Guard
 
 STEPS = 9  # three windows of four, the last one open
 
@@ -134,6 +135,28 @@ def test_a_run_that_does_harm_goes_back_and_is_replayed_and_resumed_to_the_same_
         cut.close()
         trained(out, resume=True, eval_data=held_out, **RUINOUS)
         assert adapter_of(out) == adapter_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("told", [WentBack, Moved])
+def test_whoever_stops_the_run_at_any_event_of_a_step_has_that_step_saved(
+    told: type[Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path / "whole", **RUINOUS)
+    moves = iter([(), (), (), (), ("as asked for",)])
+    monkeypatch.setattr(Guard, "take_moves", lambda _guard: next(moves, ()))
+    out = tmp_path / "stopped"
+    events = training(config_of(out, **RUINOUS))
+    next(event for event in events if isinstance(event, told))
+    events.close()
+    n_steps = len((out / "journal.jsonl").read_text().splitlines()) - 1
+    assert (out / f"checkpoint-{n_steps}").is_dir()
+    trained(out, resume=True, **RUINOUS)
+    assert adapter_of(out) == adapter_of(tmp_path / "whole")
+
+
+def test_a_run_in_a_directory_with_a_dot_is_replayed_into_it(whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run, tmp_path / "run-2.5")
+    assert agzo_edge.replay(tmp_path / "run-2.5") == tmp_path / "run-2.5" / "replayed"
 
 
 def test_a_replay_gives_the_same_adapter_without_model_or_data(whole_run: Path, tmp_path: Path) -> None:

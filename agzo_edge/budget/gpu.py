@@ -34,6 +34,7 @@ def visible_gpu() -> Gpu | None:
     """The first GPU that CUDA_VISIBLE_DEVICES leaves to us; None when the driver shows none."""
     if hides_gpus():
         return None
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the driver counts so; CUDA would take the fastest first
     selected = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     return _ask_nvml(selected) or _ask_smi(selected)
 

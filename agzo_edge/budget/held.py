@@ -129,13 +129,17 @@ def accumulated_adapter(job: Job) -> Component:
 
 
 def window(job: Job) -> Component:
-    """The window in float32: each input's basis and guide and the last ones, coefficients, gradients and moments."""
+    """The window in float32: each input's basis and guide and the last ones; what an update has of the size of C.
+
+    That is C and the direction that it follows, which for momentum is the new moment, beside the old one; for Adam
+    two old and two new moments.
+    """
     fixed = 2 * (basis_entries(job) + guide_entries(job))
-    n_moments = MOMENTS[job.config.optimizer]
-    coefficients = (2 + n_moments) * coefficient_entries(job, job.targets)
+    n_alike = {"momentum": 3, "adam": 6}.get(job.config.optimizer, 2)
+    coefficients = n_alike * coefficient_entries(job, job.targets)
     formula = (
         f"rank {job.config.rank} x 4 B x (2 bases of each input, 2 guides of {len(job.guided)} layers, "
-        f"coefficients, gradient and {n_moments} moments of {len(job.targets)})"
+        f"{n_alike} tensors like C of {len(job.targets)})"
     )
     return Component("window", (fixed + coefficients) * FLOAT32_BYTES, "device", formula)
 

@@ -131,7 +131,7 @@ class Job:
     def is_one_pass(self) -> bool:
         """Whether every layer meets all inputs of a step in one call."""
         whole = self.micro_examples == self.config.batch_size and self.config.mlp_chunk_tokens is None
-        return whole and self.streams == STREAMS
+        return whole and self.streams == STREAMS and self.config.objective != "reward"  # which writes token by token
 
     @property
     def guided(self) -> dict[str, tuple[int, int]]:

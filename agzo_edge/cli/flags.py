@@ -15,7 +15,7 @@ Preset = Annotated[
     str | None,
     typer.Option(
         metavar="|".join(PRESETS),
-        help="Starting values of all settings; guided asks the head for directions, paper is Algorithm 1.",
+        help="Starting values of all settings; paper is AGZO's Algorithm 1.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, and nothing else.")]

@@ -78,8 +78,9 @@ def verdict(plan: "MemoryPlan") -> Text:
         return Text.assemble(("fits: ", "bold green"), f"{text}, {format_bytes(plan.headroom_bytes)} to spare")
     over = f"{format_bytes(-plan.headroom_bytes)} too much"
     if plan.headroom_bytes >= 0:
-        text = f"{format_bytes(plan.bytes_on('host'))} of host memory"
-        over = f"{format_bytes(plan.host_limit_bytes or 0)} may be used"
+        where, need_bytes, limit_bytes = next(place for place in plan.limits if place[1] > place[2])
+        text = f"{format_bytes(need_bytes)} of {'the disk' if where == 'disk' else 'host memory'}"
+        over = f"{format_bytes(limit_bytes)} may be used"
     changes = [
         f"\n  {change.flags}  saves {format_bytes(change.saved_bytes)}" + (", enough alone" if change.fits else "")
         for change in plan.changes

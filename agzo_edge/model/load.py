@@ -17,7 +17,7 @@ from agzo_edge.model.attention import choose_attention
 from agzo_edge.model.device import chosen_device, chosen_dtype, use_threads
 from agzo_edge.model.linear import BranchedLinear, FrozenLinear
 from agzo_edge.model.memory import give_back, return_what_is_freed
-from agzo_edge.model.offload import fetch_from_host, place_embeddings, place_of, settle
+from agzo_edge.model.offload import place_embeddings, place_of, settle
 from agzo_edge.model.passes import PassContext
 from agzo_edge.model.pieces import let_mlps_work_in_pieces
 from agzo_edge.model.runtime import EdgeModel, attach_branches, require_guidable
@@ -33,16 +33,18 @@ def import_libraries() -> None:
         import_module(name)
 
 
-def load_model(source: str, config: RunConfig) -> EdgeModel:
+def load_model(source: str, config: RunConfig, *, trains: bool = True) -> EdgeModel:
     """The model at `source`, a directory or a hub id, quantized as `config` says, with branches attached.
 
-    Raises ModelError when there is no such model, it is no causal language model, it needs code of its own,
-    its file is not safetensors, or it holds layers that cannot be adapted.
+    It will be trained, or only used. Raises ModelError when there is no such model, it is no causal language model, it
+    needs code of its own, its file is not safetensors, or it holds layers that cannot be adapted.
     """
     import_libraries()
     return_what_is_freed()
     tokenizer = load_tokenizer(source, config)
     network = _pretrained(source, config, dtype=chosen_dtype(config.dtype, chosen_device(config.device)))
+    if trains:
+        _refuse_fused_experts(network, source, config)
     return edge_model(network, tokenizer, config, source=source)
 
 
@@ -53,7 +55,6 @@ def edge_model(network: Any, tokenizer: Any, config: RunConfig, *, source: str) 
     """
     device = chosen_device(config.device)
     dtype = chosen_dtype(config.dtype, device)
-    _refuse_fused_experts(network, source, config)
     context = PassContext(power_iterations=config.power_iterations, relative=config.relative)
     transposed = _replace_layers(network, source, config, context=context, device=device, dtype=dtype)
     give_back(device)  # quantizing leaves gaps, and the embeddings may be the most that is ever converted
@@ -63,8 +64,6 @@ def edge_model(network: Any, tokenizer: Any, config: RunConfig, *, source: str) 
     network.requires_grad_(False).eval()
     model = EdgeModel(network, tokenizer, device, dtype, context, source, branches=[], transposed=transposed)
     model.offloaded = config.offload
-    if device.type != "cpu":
-        fetch_from_host(model)
     settle(model, config)
     n_parameters = sum(layer.out_features * layer.in_features for layer in model.frozen_layers.values())
     use_threads(config.threads, n_parameters=n_parameters)

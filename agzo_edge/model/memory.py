@@ -24,7 +24,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # written there, VmHWM falls back to what is resident now: proc(5)
-_ALLOCATION_FAILED = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
+_ALLOCATION_FAILED = re.compile(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
+_expected_outside: dict[torch.device, int] = {}  # bytes, for bytes_outside_torch
 
 
 class PeakMeter:
@@ -92,9 +93,20 @@ def _status() -> dict[str, int]:
 def bytes_outside_torch(device: torch.device) -> int:
     """Bytes of a GPU that this process has beside torch's allocator: context, cuBLAS, bitsandbytes.
 
-    By NVML, which knows each process; where it does not (in some containers, on Windows) 0, and the plan's
-    estimate of the context is all that is known.
+    By NVML, which knows each process; where it does not (not installed, in some containers, on Windows) what
+    `expect_outside_torch` was told.
     """
+    used = _nvml_used(device)
+    return _expected_outside.get(device, 0) if used == 0 else max(0, used - torch.cuda.memory_reserved(device))
+
+
+def expect_outside_torch(device: torch.device, n_bytes: int) -> None:
+    """Count with so many bytes outside torch's allocator wherever NVML does not tell: a plan's estimate."""
+    _expected_outside[device] = n_bytes
+
+
+def _nvml_used(device: torch.device) -> int:
+    """Bytes of a GPU that this process has in all, by NVML; 0 where it does not tell."""
     found = _nvml(device)
     if found is None:
         return 0
@@ -103,8 +115,7 @@ def bytes_outside_torch(device: torch.device) -> int:
         mine = [p for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
     except nvml.NVMLError:
         return 0
-    used = int(mine[0].usedGpuMemory or 0) if mine else 0
-    return max(0, used - torch.cuda.memory_reserved(device))
+    return int(mine[0].usedGpuMemory or 0) if mine else 0
 
 
 @cache

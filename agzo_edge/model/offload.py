@@ -70,7 +70,10 @@ def place_of(device: torch.device, *, outside: bool, dtype: torch.dtype | None =
 
 
 def settle(model: EdgeModel, config: RunConfig) -> None:
-    """Let the model work in the pieces, and with its weights in the places, that `config` says."""
+    """Let the model work in the pieces, and with its weights in the places, that `config` says.
+
+    What the pieces and places before it needed goes back to the system, also where only pieces change.
+    """
     model.context.mlp_chunk_tokens = config.mlp_chunk_tokens
     model.logits_chunk_bytes = config.logits_chunk
     before, model.offloaded = model.offloaded, config.offload
@@ -80,10 +83,9 @@ def settle(model: EdgeModel, config: RunConfig) -> None:
         place = place_of(model.device, outside=config.offload == "layers")
         for layer in movable_layers(model).values():
             layer.base = layer.base.rehoused(place)
-    if before != config.offload:
-        if model.device.type != "cpu":
-            fetch_from_host(model)
-        give_back(model.device)
+    if model.device.type != "cpu":
+        fetch_from_host(model)
+    give_back(model.device)
 
 
 def place_embeddings(network: Any, place: Place) -> None:

@@ -8,7 +8,7 @@ Repeated use within a block (micro-batches of tokens in an MLP) costs no second 
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -59,8 +59,11 @@ def pinned_bytes(n_bytes: int) -> Tensor:
     """
     buffer = torch.empty(n_bytes, dtype=torch.uint8)
     if torch.cuda.is_available() and n_bytes:
-        torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), n_bytes, 0)
-        weakref.finalize(buffer, _unpin, buffer.data_ptr()).atexit = False
+        if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), n_bytes, 0)) == 0:
+            weakref.finalize(buffer, _unpin, buffer.data_ptr()).atexit = False
+        else:
+            with suppress(RuntimeError):  # CUDA tells of a failed call once more, at the next kernel's start
+                torch.zeros(1, device="cuda")
     return buffer
 
 
@@ -177,7 +180,15 @@ class HostHead(FrozenLinear):
 
 def embed_on_host(module: nn.Embedding, *, device: torch.device) -> list[Any]:
     """Let embeddings that are on the host be looked up there; the handles that undo it."""
+
+    def to_host(_module: nn.Module, args: Any, named: Any) -> tuple[Any, Any]:  # OPT names its positions
+        return tuple(_on_host(each) for each in args), {name: _on_host(each) for name, each in named.items()}
+
     return [
-        module.register_forward_pre_hook(lambda _, args: (args[0].to("cpu"),)),
+        module.register_forward_pre_hook(to_host, with_kwargs=True),
         module.register_forward_hook(lambda *call: call[2].to(device)),
     ]
+
+
+def _on_host(argument: Any) -> Any:
+    return argument.to("cpu") if isinstance(argument, Tensor) else argument

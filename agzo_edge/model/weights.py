@@ -152,9 +152,9 @@ def quantized(
     from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 
     if isinstance(weight, FourBitWeight):
-        weight.state.to(device)
+        weight.state.to(device)  # the code book and nested scales too
     if not isinstance(weight, DenseWeight):
-        return weight
+        return weight.rehoused(lambda tensor: tensor.to(device))
     if config.load_in_8bit:
         rows, row_absmax, _ = int8_vectorwise_quant(weight.dense().to(device, torch.float16).contiguous())
         return EightBitWeight(rows, row_absmax, dtype=dtype, workspace=workspace)

@@ -119,16 +119,14 @@ def row_sums(
 
 def option_table(
     scores: Tensor,  # (streams, rows): an option's log-likelihood
-    example: Tensor,  # (rows,) int64, ascending: the example of each row
-    n_examples: int,
+    example: Tensor,  # (rows,) int64: the example of each row
+    option: Tensor,  # (rows,) int64: which of its example's options it is
+    shape: tuple[int, int],  # (examples, most options)
 ) -> Tensor:  # (streams, examples, most options), -inf where an example has fewer
     """The options' scores side by side, example by example."""
-    counts = torch.bincount(example, minlength=n_examples)
-    first = counts.cumsum(0) - counts  # (examples,): the row of the example's first option
-    place = torch.arange(example.shape[0], device=example.device) - first[example]
-    table = scores.new_full((scores.shape[0], n_examples, int(counts.max())), -torch.inf)
+    table = scores.new_full((scores.shape[0], *shape), -torch.inf)
     stream = torch.arange(scores.shape[0], device=scores.device).unsqueeze(-1)
-    return table.index_put((stream, example, place), scores)
+    return table.index_put((stream, example, option), scores)
 
 
 def choice_losses(

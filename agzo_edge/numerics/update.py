@@ -1,6 +1,7 @@
 """The update rules on a layer's coefficients C, and the course of the learning rate."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -30,31 +31,32 @@ def scheduled_rate(
     return peak
 
 
-def direction_(
+def direction(
     gradient: Tensor,  # (out_features, rank)
-    moments: list[Tensor],  # N_MOMENTS tensors of the same shape, changed in place
+    moments: Sequence[Tensor],  # N_MOMENTS tensors of the same shape
     *,
     optimizer: Optimizer,
     step_in_window: int,  # counted from 0; Adam's bias correction starts again with each basis
     momentum: float,
     beta2: float,
-) -> Tensor:  # (out_features, rank)
-    """What the step follows for this gradient; the moments take the gradient in.
+) -> tuple[Tensor, list[Tensor]]:  # (out_features, rank), and the next moments
+    """What the step follows for this gradient, and the moments with the gradient taken in; nothing is changed.
 
     sgd: the gradient; momentum: its exponential sum (Polyak); adam: Kingma and Ba, arXiv 1412.6980;
     sign: its sign (signSGD, arXiv 1802.04434).
     """
     if optimizer == "sign":
-        return gradient.sign()
+        return gradient.sign(), []
     if optimizer == "momentum":
-        return moments[0].mul_(momentum).add_(gradient)
+        total = (moments[0] * momentum).add_(gradient)
+        return total, [total]
     if optimizer == "adam":
-        first, second = moments
-        first.lerp_(gradient, 1.0 - momentum)
-        second.lerp_(gradient.square(), 1.0 - beta2)
+        first = moments[0].lerp(gradient, 1.0 - momentum)
+        second = moments[1].lerp(gradient.square(), 1.0 - beta2)
         steps = step_in_window + 1
-        return (first / (1.0 - momentum**steps)) / ((second / (1.0 - beta2**steps)).sqrt() + ADAM_EPS)
-    return gradient
+        followed = (first / (1.0 - momentum**steps)) / ((second / (1.0 - beta2**steps)).sqrt() + ADAM_EPS)
+        return followed, [first, second]
+    return gradient, []
 
 
 def reprojected(

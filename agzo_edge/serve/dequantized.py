@@ -35,10 +35,10 @@ def original_dtype(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> s
 def dequantized_tensors(checkpoint: Checkpoint) -> list[LazyTensor]:
     """Every weight in float32 under the names of the transformers model.
 
-    The model is held quantized; a layer is dequantized when its tensor is read.
+    The model is held quantized, in the checkpoint's own bits; a layer is dequantized when its tensor is read.
     """
-    settings = config_from({"device": "cpu", "dtype": "float32"})  # of the bits, the checkpoint's own hold
-    return model_tensors(load_model(str(checkpoint.directory), settings))
+    settings = config_from({"device": "cpu", "dtype": "float32", "guide": "none"})
+    return model_tensors(load_model(str(checkpoint.directory), settings, trains=False))
 
 
 def model_tensors(model: EdgeModel) -> list[LazyTensor]:

@@ -9,6 +9,7 @@ from agzo_edge.config import Sampling, sampling_from
 from agzo_edge.errors import ModelError
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.writing import stop_ids
+from agzo_edge.train.data import pad_id_of
 
 Message = Mapping[str, str]
 
@@ -29,7 +30,8 @@ class TextModel:
         sampling = sampling_from((sampling or Sampling()).model_dump() | settings)
         ids = self._prompt_ids(prompt)
         sampling = self._within_positions(ids.shape[1], sampling)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(sampling.seed)  # transformers samples from the global generator only
             output = self.model.network.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), **self._settings(sampling)
@@ -68,7 +70,7 @@ class TextModel:
             "max_new_tokens": sampling.max_new_tokens,
             "do_sample": sampling.temperature > 0,
             "repetition_penalty": sampling.repetition_penalty,
-            "pad_token_id": self.model.tokenizer.pad_token_id or self.model.tokenizer.eos_token_id,
+            "pad_token_id": pad_id_of(self.model.tokenizer),
         }
         if sampling.temperature > 0:
             settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}

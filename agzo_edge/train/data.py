@@ -89,6 +89,8 @@ class Batch:
     is_label: Tensor  # (rows, tokens) bool, never at position 0
     predicts: Tensor  # (2, labels) int64: the rows and positions whose states predict a label, the one after each
     example: Tensor  # (rows,) int64, the example a row belongs to, counted within this batch
+    option: Tensor  # (rows,) int64, which of its example's rows it is
+    options_shape: tuple[int, int]  # examples, and the most rows that one has
     answer: Tensor  # (examples,) int64, the right one of an example's rows
     weights: Tensor  # (examples,) float32, shares of the step's whole batch, which sum to 1
     first_example: int  # number of this batch's first example within the step's
@@ -104,6 +106,7 @@ class Batch:
             is_label=sent(self.is_label, device),
             predicts=sent(self.predicts, device),
             example=sent(self.example, device),
+            option=sent(self.option, device),
             answer=sent(self.answer, device),
             weights=sent(self.weights, device),
         )
@@ -168,6 +171,8 @@ def _batch(
         is_label=torch.from_numpy(is_label),
         predicts=torch.from_numpy(np.stack(is_label[:, 1:].nonzero())),  # here: a GPU would have to be waited for
         example=torch.tensor([i for i, example in enumerate(examples) for _ in example.rows]),
+        option=torch.tensor([i for example in examples for i in range(len(example.rows))]),
+        options_shape=(len(examples), max(len(example.rows) for example in examples)),
         answer=torch.tensor([example.answer for example in examples]),
         weights=torch.from_numpy(weights),
         first_example=first_example,

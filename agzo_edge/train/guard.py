@@ -60,13 +60,13 @@ class Guard:
             try:
                 with capped(self.model.device, self.limit_bytes):
                     return work(self.config)
-            except BudgetBrokenError as error:
-                breach = error
+            except BudgetBrokenError:
+                pass  # the error is not kept: its traceback holds the tensors of the work that failed
             finally:
                 self._saw(meter)
             if self._allowed_bytes() >= self.limit_bytes:  # nobody else's doing: it never fits
                 self._measured_bytes[self._place] = self.limit_bytes + 1
-            self._down(f"it met the limit of {format_bytes(self.limit_bytes)}", breach)
+            self._down(f"it met the limit of {format_bytes(self.limit_bytes)}")
 
     def _saw(self, meter: PeakMeter) -> None:
         meter.read()
@@ -109,7 +109,7 @@ class Guard:
         error = self._measured_bytes.get(self._place, 0) / self.rungs[self._place].plan.device_bytes
         return round(planned * max(1.0, error))
 
-    def _down(self, why: str, cause: BudgetBrokenError | None = None) -> None:
+    def _down(self, why: str) -> None:
         """Take the next rung. Raises BudgetBrokenError, or BudgetError before the first step, when this is the last."""
         if self._place + 1 == len(self.rungs):
             planned_bytes = self.rungs[self._place].plan.device_bytes
@@ -119,10 +119,10 @@ class Guard:
             )
             advice = "--on-overflow stream, a smaller --max-seq-length or --micro-batch-size, or a higher limit"
             if not self.has_begun:
-                raise BudgetError(f"{need}. Nothing was learned; try {advice}") from cause
+                raise BudgetError(f"{need}. Nothing was learned; try {advice}")
             raise BudgetBrokenError(
                 f"{need}. What was learned is saved: go on with --resume-from-checkpoint and {advice}"
-            ) from cause
+            )
         self._move(self._place + 1, why)
 
     def _move(self, place: int, why: str) -> None:

@@ -17,7 +17,7 @@ from agzo_edge.model.device import sent
 from agzo_edge.numerics.estimate import Spread, clipped, gradient_estimate
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.numerics.noise import rounding_bits
-from agzo_edge.numerics.update import N_MOMENTS, direction_, reprojected, scheduled_rate
+from agzo_edge.numerics.update import N_MOMENTS, direction, reprojected, scheduled_rate
 from agzo_edge.record.bases import WindowBases
 
 RATE_AFTER_UNDO = 1 / 3  # about half a decade: the next try is a clearly different one
@@ -52,13 +52,13 @@ class Learner:
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
-        """Inside, an error or an interrupt puts windows, bases and scales back to where they were."""
-        before = [(b.folded, b.c, b.steps_in_window, b.group.basis, b.scale, b.guide) for b in self.branches]
+        """Inside, an error or an interrupt puts windows, bases, scales and moments back to where they were."""
+        before = [(b.folded, b.c, b.steps_in_window, b.group.basis, b.scale, b.guide, b.moments) for b in self.branches]
         try:
             yield
         except BaseException:
-            for b, (folded, c, steps, basis, scale, guide) in zip(self.branches, before, strict=True):
-                b.group.basis, b.scale, b.guide = basis, scale, guide
+            for b, (folded, c, steps, basis, scale, guide, moments) in zip(self.branches, before, strict=True):
+                b.group.basis, b.scale, b.guide, b.moments = basis, scale, guide, moments
                 if b.held is None:  # a window written into a held weight stays there, and c is empty
                     b.folded, b.c, b.steps_in_window = folded, c, steps
             raise
@@ -132,27 +132,25 @@ class Learner:
         spread = Spread(total=self.spread.total, steps=self.spread.steps)
         shares = measured.weights * self._normalized(measured.projected, spread)
         on_device = sent(shares, self.branches[0].c.device)  # once: the layers' updates follow without waiting
-        gradients = [
-            self._gradient(branch, step, on_device if branch.guide is None else shares)
-            for branch in (self.branches if move else ())
-        ]
+        moving = self.branches if move else []
+        followed = [self._followed(b, step, on_device if b.guide is None else shares) for b in moving]
         self.spread = spread
-        for branch, gradient in zip(self.branches, gradients, strict=False):
-            direction = direction_(
-                gradient,
-                branch.moments,
-                optimizer=self.config.optimizer,
-                step_in_window=branch.steps_in_window,
-                momentum=self.config.momentum,
-                beta2=self.config.adam_beta2,
-            )
-            branch.c.sub_(direction, alpha=learning_rate * branch.scale)
+        for branch, (way, moments) in zip(moving, followed, strict=True):
+            branch.c.sub_(way, alpha=learning_rate * branch.scale)
+            branch.moments = moments
             branch.steps_in_window += 1
 
-    def _gradient(self, branch: Branch, step: int, shares: Tensor) -> Tensor:  # (out_features, rank)
-        """The estimate of dL/dC from the step's noise, drawn again."""
+    def _followed(self, branch: Branch, step: int, shares: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The direction (out_features, rank) by the estimate of dL/dC from the step's noise, drawn again; moments."""
         noise = branch.noise(self.config.noise, shares.shape[0], seed=self.config.seed, step=step, first_example=0)
-        return gradient_estimate(noise, shares)
+        return direction(
+            gradient_estimate(noise, shares),
+            branch.moments,
+            optimizer=self.config.optimizer,
+            step_in_window=branch.steps_in_window,
+            momentum=self.config.momentum,
+            beta2=self.config.adam_beta2,
+        )
 
     def _normalized(self, projected: Tensor, spread: Spread) -> Tensor:
         """The projected gradients, clipped at a multiple of their spread so far and divided by it.

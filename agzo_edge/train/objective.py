@@ -69,7 +69,7 @@ class ChoiceGoal(Goal):
 
     @staticmethod
     def _table(model: EdgeModel, batch: Batch) -> Tensor:  # (streams, examples, options)
-        return option_table(-label_scores(model, batch), batch.example, batch.answer.shape[0])
+        return option_table(-label_scores(model, batch), batch.example, batch.option, batch.options_shape)
 
 
 GOALS: dict[Objective, Goal] = {"lm": LmGoal(), "choice": ChoiceGoal()}  # those without settings

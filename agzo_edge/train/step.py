@@ -61,9 +61,8 @@ def agzo_step(
         measured, loss = measure(model, batches, step=step, mu=mu, config=config, goal=goal, refresh=refresh)
         if left_out is not None:
             learner.open_window()
-
-    learning_rate = learner.learning_rate(step)
-    learner.apply(step, measured, learning_rate=learning_rate)
+        learning_rate = learner.learning_rate(step)
+        learner.apply(step, measured, learning_rate=learning_rate)
     return StepRecord(
         step=step,
         loss=loss,

@@ -91,6 +91,14 @@ def test_doctor_with_numerics_shows_the_error_over_mu_and_advises(capsys: pytest
     assert seen["advice"] in out
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--difference", "exact"), ("--objective", "reward")])
+def test_doctor_has_no_numerics_of_what_has_no_two_differences_to_compare(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["doctor", "--numerics", flag, value]) == 2
+    assert "ask about" in capsys.readouterr().err
+
+
 def test_doctor_refuses_a_model_that_it_would_not_look_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor", "--model", "some/model"]) == 2
     assert "--model some/model needs --numerics" in capsys.readouterr().err

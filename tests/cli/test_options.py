@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import typer
 
+from agzo_edge.api import resolve
 from agzo_edge.cli.commands import app
 from agzo_edge.cli.options import as_flags, given
 from agzo_edge.cli.training import plan, train
@@ -75,3 +76,11 @@ def test_flags_written_out_give_the_same_settings_again() -> None:
 def test_commands_that_do_not_train_take_no_method(tmp_path: Path) -> None:
     assert "rank" not in options_of("generate")
     assert "eval_data" not in options_of("eval")
+
+
+def test_a_preset_that_is_asked_for_wins_over_that_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "careful"\nrank = 3\n')
+    asked, filed = resolve({}, config_file=file, preset="fast"), resolve({}, config_file=file)
+    assert asked.rank == filed.rank == 3
+    assert asked.learning_rate > filed.learning_rate

@@ -240,6 +240,9 @@ def test_verdict_says_how_much_is_spare_or_too_much_and_what_to_do() -> None:
     assert "does not fit" in too_small
     assert "1.00 GiB too much" in too_small
     assert "--micro-batch-size 2  saves 700.0 MiB" in too_small
+    full = shown(verdict(replace(plan_of(6 * GIB), disk_limit_bytes=MIB // 2)))
+    assert "1.0 MiB of the disk" in full
+    assert "512.0 KiB may be used" in full
     in_pieces = replace(plan_of(3 * GIB), in_pieces=InPieces("micro-batches of 2", 2 * GIB))
     assert "fits in pieces" in shown(verdict(in_pieces))
     assert "micro-batches of 2: 2.00 GiB" in shown(verdict(in_pieces))

@@ -164,6 +164,8 @@ def test_fused_experts_are_refused_by_name_unless_they_are_left_out(kind: str, t
     source = str(save_tiny(getattr(transformers, kind)(**SHAPE, **EXPERTS), tmp_path))
     with pytest.raises(ModelError, match=r"--target-modules(.|\n)*layers\.0\.mlp\.experts\.gate_up_proj"):
         load_model(source, run_config(load_in_4bit=True))
+    used = load_model(source, run_config(load_in_4bit=True), trains=False)
+    assert_logits_are_those_of_the_dense_model(used)
     model = load_model(source, run_config(load_in_4bit=True, target_modules=("q_proj", "o_proj")))
     assert len(model.branches) == 4
     assert_logits_are_those_of_the_dense_model(model)

@@ -16,7 +16,7 @@ from agzo_edge.model.load import load_model
 from agzo_edge.model.memory import anonymous_bytes
 from agzo_edge.model.offload import MappedFile, settle
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.model.stream import HostBlocks, HostHead, block_of, pinned_bytes
+from agzo_edge.model.stream import HostBlocks, HostHead, block_of, embed_on_host, pinned_bytes
 from agzo_edge.units import MIB
 
 WIDTHS = {
@@ -176,6 +176,29 @@ def test_a_head_on_the_host_gives_the_logits_of_the_whole_part_by_part(part_byte
     pieces = [part(hidden) for _, part in model.head_parts()]
     torch.testing.assert_close(torch.cat(pieces, dim=-1), expected)
     assert len(pieces) == -(-300 // head.words_at_once)
+
+
+def test_a_head_on_the_host_comes_in_parts_of_the_chunk_that_was_asked_for() -> None:
+    model = load_model(tiny_checkpoint("gemma2", tie_word_embeddings=False), run_config())
+    model.device = torch.device("meta")  # in a GPU's place: the order of things is the same
+    for words in (10, 40):
+        settle(model, run_config(offload="embeddings").model_copy(update={"logits_chunk": words * 64 * 4}))
+        assert isinstance(model.head, HostHead)
+        assert model.head.words_at_once == words
+
+
+def test_embeddings_on_the_host_are_found_whatever_they_are_asked_by_name() -> None:
+    class Positions(torch.nn.Embedding):
+        def forward(self, mask: torch.Tensor, past: int, *, position_ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(position_ids + past) * mask.unsqueeze(-1)
+
+    table = Positions(9, 4)
+    handles = embed_on_host(table, device=torch.device("cpu"))
+    ids, mask = torch.tensor([[1, 2]]), torch.tensor([[1.0, 0.0]])
+    seen = table(mask, 3, position_ids=ids)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(seen, table(mask, 3, position_ids=ids))
 
 
 @pytest.fixture(autouse=True)

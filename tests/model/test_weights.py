@@ -17,6 +17,7 @@ from agzo_edge.model.weights import (
     HeldWeight,
     base_weight_of,
     is_linear,
+    quantized,
 )
 from agzo_edge.model.workspace import Workspace
 from agzo_edge.numerics.noise import rounding_bits
@@ -45,6 +46,15 @@ def test_every_quantized_weight_is_near_the_original(
         assert layer.base.shape == tuple(original.shape)
         error = float((layer.base.dense() - original).norm() / original.norm())
         assert 1e-4 < error < limit, name
+
+
+@pytest.mark.parametrize("width", ["load_in_4bit", "load_in_8bit"])
+def test_a_weight_that_is_quantized_already_goes_to_the_device_whole(width: str) -> None:
+    config = run_config(**{width: True})
+    weight = tiny_model("llama", **{width: True}).layers[NAME].base
+    device = torch.device("meta")  # in a GPU's place
+    moved = quantized(weight, config, device=device, dtype=torch.float32, workspace=Workspace())
+    assert {tensor.device for _, tensor in moved.stored()} == {device}
 
 
 def test_a_four_bit_weight_dequantizes_as_bitsandbytes_says_and_never_changes() -> None:

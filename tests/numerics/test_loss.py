@@ -119,7 +119,7 @@ def test_row_sums_are_sums_over_each_rows_positions(rows: list[int]) -> None:
 
 def test_choice_losses_with_differing_numbers_of_options_are_those_by_hand() -> None:
     scores = torch.tensor([[1.0, 2.0, -1.0, 0.5, 0.25], [0.0, 0.0, 3.0, 1.0, 2.0]])
-    table = option_table(scores, torch.tensor([0, 0, 1, 1, 1]), 2)
+    table = option_table(scores, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 1, 0, 1, 2]), (2, 3))
     assert table[0].tolist() == [[1.0, 2.0, -torch.inf], [-1.0, 0.5, 0.25]]
     answer = torch.tensor([1, 0])
     expected = torch.stack(
@@ -129,5 +129,5 @@ def test_choice_losses_with_differing_numbers_of_options_are_those_by_hand() -> 
 
 
 def test_a_single_option_costs_nothing() -> None:
-    table = option_table(torch.tensor([[-7.0, 1.0, 2.0]]), torch.tensor([0, 1, 1]), 2)
+    table = option_table(torch.tensor([[-7.0, 1.0, 2.0]]), torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), (2, 2))
     assert choice_losses(table, torch.tensor([0, 1]))[0, 0] == 0.0

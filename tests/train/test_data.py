@@ -71,7 +71,7 @@ def test_micro_batches_hold_the_batch_in_order_with_its_weights(n_labels, micro_
 def test_a_batch_moves_with_all_its_tensors() -> None:
     batch = collate(CHOICE, pad_id=PAD, objective="choice").to("meta")
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 7
+    assert len(tensors) == 8
     assert {value.device.type for value in tensors} == {"meta"}
 
 

@@ -1,5 +1,6 @@
 """The guard: real allocations against real limits."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -65,6 +66,28 @@ def test_work_that_fits_nowhere_ends_the_run_with_what_to_do() -> None:
     guard.has_begun = True
     with pytest.raises(BudgetBrokenError, match=r"(?s)no smaller way.*--on-overflow stream"):
         guard.run(lambda config: takes(config, mib_of={8: 400, 4: 400, 2: 400}))
+
+
+def test_work_that_failed_has_let_its_memory_go_when_it_is_done_again() -> None:
+    guard = guard_of()
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def work(config: RunConfig) -> bool:
+        if config.micro_batch_size != 8:
+            return held[0]() is not None
+        layer = torch.ones(30 * MIB // 4)
+        held.append(weakref.ref(layer))
+        touch(400)
+        return False
+
+    assert not guard.run(work)
+
+
+def test_every_move_gives_back_what_the_rung_before_it_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard, given_back = guard_of(), []
+    monkeypatch.setattr("agzo_edge.model.offload.give_back", given_back.append)
+    guard.run(lambda config: takes(config, mib_of={8: 400, 4: 100}))
+    assert given_back == [guard.model.device]
 
 
 def test_a_rehearsal_that_fits_nowhere_is_a_refusal() -> None:

@@ -1,9 +1,10 @@
 """What a step's numbers do to the coefficients."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from helpers import assert_same_bytes, run_config
-from torch import Tensor
 from torch.testing import assert_close
 
 from agzo_edge.errors import BudgetBrokenError
@@ -156,23 +157,26 @@ def test_an_adapter_is_what_was_learned_at_most_as_wide_as_allowed() -> None:
     assert list(narrow.adapter()) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("scarce_in", ["agzo_edge.model.branch.draw_noise", "agzo_edge.train.learner.direction"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "sign"])
 def test_a_step_that_runs_out_of_memory_has_changed_nothing_and_may_be_taken_again(
-    optimizer: str, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, scarce_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner, untroubled = new_learner(optimizer=optimizer), new_learner(optimizer=optimizer)
     for each in (learner, untroubled):
         run(each, range(2))
-    drawn: list[str] = []
+    calls: list[str] = []
+    module, _, name = scarce_in.rpartition(".")
+    plentiful = getattr(import_module(module), name)
 
-    def scarce(*arguments: object, **key: object) -> Tensor:
-        drawn.append("noise")
-        if len(drawn) == 3:
+    def scarce(*arguments: object, **key: object) -> object:
+        calls.append(name)
+        if len(calls) == 3:
             raise BudgetBrokenError("no memory for the last layer")
-        return draw_noise(*arguments, **key)
+        return plentiful(*arguments, **key)
 
     with monkeypatch.context() as patched:
-        patched.setattr("agzo_edge.model.branch.draw_noise", scarce)
+        patched.setattr(scarce_in, scarce)
         with pytest.raises(BudgetBrokenError):
             learner.apply(2, measured(2), learning_rate=0.1)
     assert_same_bytes(learner.state(), untroubled.state())

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     FAMILIES,
+    assert_same_bytes,
     dense_reference,
     relative_error,
     run_config,
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from agzo_edge.config import RunConfig, config_from
-from agzo_edge.errors import NonFiniteLossError
+from agzo_edge.errors import BudgetBrokenError, NonFiniteLossError
 from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.basis import starting_basis
@@ -403,6 +404,32 @@ def test_an_error_after_a_window_was_written_into_held_weights_neither_loses_nor
             agzo_step(model, [tiny_batch(8)], learner, step=2, mu=0.01, config=config)
     for branch in learner.branches:
         assert_close(branch.held.change() + branch.learned().dense(), before[branch.name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_a_step_whose_update_met_the_limit_is_the_same_step_when_taken_again(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learned(*, scarce_at: int | None) -> tuple[list[StepRecord], Learner]:
+        model, batch, config = prepared(guide="head", refresh_every=2, optimizer=optimizer, adapter_rank=1)
+        learner, records = Learner(model.branches, config), []
+        for step in range(5):
+            if step == scarce_at:
+                with monkeypatch.context() as patched:
+                    patched.setattr("agzo_edge.train.learner.gradient_estimate", no_memory)
+                    with pytest.raises(BudgetBrokenError):
+                        agzo_step(model, [batch], learner, step=step, mu=0.01, config=config)
+            records.append(agzo_step(model, [batch], learner, step=step, mu=0.01, config=config))
+        return records, learner
+
+    def no_memory(*_arguments: object) -> Tensor:
+        raise BudgetBrokenError("no memory for the update")
+
+    records, learner = learned(scarce_at=None)
+    for scarce_at in (3, 4):  # within a window, and where one begins
+        again, retried = learned(scarce_at=scarce_at)
+        assert again == records
+        assert_same_bytes(retried.state(), learner.state())
 
 
 def test_a_search_for_bases_that_was_broken_off_leaves_nothing_in_the_next_one() -> None:
