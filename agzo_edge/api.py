@@ -4,7 +4,7 @@ A setting is a keyword argument with the name of a field of `RunConfig`; config.
 """
 
 import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from contextlib import closing
 from itertools import count, takewhile
 from pathlib import Path
@@ -15,9 +15,10 @@ from agzo_edge.budget.facts import model_facts
 from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.budget.plan import fitted_run, memory_plan
 from agzo_edge.budget.sweep import Sweep, memory_sweep
-from agzo_edge.config import RunConfig, config_from, read_toml
+from agzo_edge.config import HELD_BY, RunConfig, config_from, read_toml
+from agzo_edge.data_config import DataConfig
 from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME, demo_settings
-from agzo_edge.errors import ConfigError
+from agzo_edge.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:  # these load torch, which planning does without
     from agzo_edge.events import Event, Run
@@ -33,8 +34,9 @@ def resolve(
     config_file: str | Path | None = None,
     preset: str | None = None,
     resume: bool = False,
+    of_run: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """The run that `settings` describe: built-in < preset < profile < file < `settings`.
+    """The run that `settings` describe: built-in < preset < profile < those `of_run` < file < `settings`.
 
     Without a model it is the embedded demo, in a directory of its own, or its last one to `resume`.
     Raises ConfigError with every fault.
@@ -48,7 +50,7 @@ def resolve(
     if given.get("model") in (None, str(MODEL_DIR)) and given.get("data") is None:
         in_file = demo_settings() | {"output_dir": _demo_directory(resume=resume)} | in_file
     machine = machine_profile(str(given.get("profile", "auto")))
-    return config_from(machine.settings, in_file, settings, preset=preset)
+    return config_from(machine.settings, of_run or {}, in_file, settings, preset=preset)
 
 
 def _demo_directory(*, resume: bool) -> str:
@@ -72,7 +74,9 @@ def plan(
     Raises ConfigError and ModelError; a plan that does not fit is returned, with `fits` False.
     """
     config = resolve({"model": model, **settings}, config_file=config_file, preset=preset)
-    return memory_plan(model_facts(str(config.model)), config, machine_profile(config.profile))
+    facts = model_facts(str(config.model))
+    facts.require_trainable(config.target_modules)
+    return memory_plan(facts, config, machine_profile(config.profile))
 
 
 def sweep(
@@ -87,7 +91,9 @@ def sweep(
     Raises ConfigError and ModelError.
     """
     config = resolve({"model": model, **settings}, config_file=config_file, preset=preset)
-    return memory_sweep(model_facts(str(config.model)), config, machine_profile(config.profile))
+    facts = model_facts(str(config.model))
+    facts.require_trainable(config.target_modules)
+    return memory_sweep(facts, config, machine_profile(config.profile))
 
 
 def finetune(
@@ -119,31 +125,46 @@ def finetune(
 
 
 def load(model: str | None = None, *, adapter: str | Path | None = None, **settings: Any) -> "TextModel":
-    """A quantized model with its adapter, ready to write text: `load(...).generate(prompt)`."""
+    """A quantized model with its adapter, ready to write text: `load(...).generate(prompt)`.
+
+    The adapter of a run finds the base that it was trained on, held as it was then, unless `model` or `settings` say
+    otherwise.
+    """
     from agzo_edge.serve.generate import TextModel
 
-    config = resolve({"model": _base_of(adapter) if model is None else model, **settings})
+    base, of_run = _base_of(adapter) if model is None else model, _of_run(adapter, HELD_BY)
+    config = resolve({"model": base, **settings}, of_run=of_run)
     return TextModel(_loaded(config.model_copy(update={"batch_size": 1, "micro_batch_size": 1}), adapter))
 
 
 def evaluate(
     model: str | None = None, data: str | None = None, *, adapter: str | Path | None = None, **settings: Any
 ) -> "Metrics":
-    """Loss and perplexity, or accuracy, of a model with its adapter on `data`."""
+    """Loss and perplexity, or accuracy, of a model with its adapter on `data`.
+
+    The adapter of a run is scored by that run's objective, its rows made by its settings, unless `settings` name one.
+    """
+    from agzo_edge.preparation import within_positions
     from agzo_edge.train.evaluate import evaluate as evaluated
     from agzo_edge.train.examples import load_examples
     from agzo_edge.train.goal import goal_of
     from agzo_edge.train.reward import refused_as_data
 
-    config = resolve({"model": _base_of(adapter) if model is None else model, "data": data, **settings})
+    base, of_run = _base_of(adapter) if model is None else model, _of_run(adapter, HELD_BY)
+    if settings.get("objective") is None:
+        of_run |= _of_run(adapter, DataConfig.model_fields.keys() - {"data", "eval_data"})
+    config = resolve({"model": base, "data": data, **settings}, of_run=of_run)
     if config.data is None and config.eval_data is None:
         raise ConfigError("there is nothing to evaluate on: name a file with --data")
+    facts = model_facts(str(config.model))
+    config = within_positions(config, facts)
     loaded = _loaded(config, adapter)
     examples = load_examples(
         str(config.eval_data or config.data),
         loaded.tokenizer,
         config,
         split="validation" if config.eval_data else "test",
+        facts=facts,
     )
     loaded.require_positions(examples.report.longest_tokens + config.written_tokens)
     objective, batch_size = config.objective, config.batch_size
@@ -154,8 +175,22 @@ def evaluate(
 def _base_of(adapter: str | Path | None) -> str | None:
     """The base model that an adapter names; without an adapter none, which means the demo's."""
     from agzo_edge.record.adapter import base_model_of
+    from agzo_edge.rundir import is_unfinished
 
+    if adapter is not None and is_unfinished(Path(adapter)):
+        raise AdapterError(
+            f"{adapter}: the run has not ended: go on with it by `train --resume-from-checkpoint`, or make the adapter "
+            f"of its steps so far with `agzo-edge replay {adapter}`"
+        )
     return None if adapter is None else base_model_of(Path(adapter))
+
+
+def _of_run(adapter: str | Path | None, names: Collection[str]) -> dict[str, Any]:
+    """What the run that made an adapter says of these settings; nothing for an adapter from elsewhere."""
+    from agzo_edge.rundir import header_in
+
+    header = None if adapter is None else header_in(Path(adapter))
+    return {name: value for name, value in header["config"].items() if name in names} if header else {}
 
 
 def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":

@@ -70,5 +70,5 @@ def numbered(faults: Sequence[str], *, shown: int = 20) -> str:
     """The faults one per line, the first `shown` in full and the rest counted."""
     lines = [f"  {fault}" for fault in faults[:shown]]
     if len(faults) > shown:
-        lines.append(f"  ... and {len(faults) - shown} more")
+        lines.append(f"  ... and {len(faults) - shown:,} more")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """What is settled before anything is loaded: a run's data, and the plan that fits them to the machine."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import ModelFacts
@@ -18,13 +19,18 @@ from agzo_edge.train.examples import load_examples
 from agzo_edge.writers import writes_to_residual
 
 
-def run_data(config: RunConfig) -> tuple[ExampleSet, ExampleSet | None]:
+def within_positions(config: RunConfig, facts: ModelFacts) -> RunConfig:
+    """The run with rows no longer than the model has positions for."""
+    longest = (facts.positions or config.max_seq_length) - config.written_tokens
+    return config.model_copy(update={"max_seq_length": min(config.max_seq_length, max(2, longest))})
+
+
+def run_data(config: RunConfig, facts: ModelFacts) -> tuple[ExampleSet, ExampleSet | None]:
     """The training examples, and the held-out ones where they are given. Raises DataError with all faults."""
     tokenizer = load_tokenizer(str(config.model), config)
-    data = load_examples(str(config.data), tokenizer, config, split="train")
-    if config.eval_data is None:
-        return data, None
-    return data, load_examples(config.eval_data, tokenizer, config, split="validation")
+    load = partial(load_examples, tokenizer=tokenizer, config=config, facts=facts)
+    data = load(str(config.data), split="train")
+    return data, load(config.eval_data, split="validation") if config.eval_data else None
 
 
 def on_adapters_layers(config: RunConfig, changes: Mapping[str, LowRank], facts: ModelFacts) -> RunConfig:
@@ -36,8 +42,10 @@ def on_adapters_layers(config: RunConfig, changes: Mapping[str, LowRank], facts:
     return config.model_copy(update={"target_modules": layers, "guide": guide})
 
 
-def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]) -> Planned:
-    """The plan of a run on this data that fits its machine, with what had to change for it.
+def planned_run(
+    config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet], *, to_know: tuple[str, ...] = ()
+) -> Planned:
+    """The plan of a run on this data that fits its machine, with what had to change for it, and what else `to_know`.
 
     Raises BudgetError when nothing fits, ConfigError for a GPU that cannot be used or is not there.
     """
@@ -49,7 +57,7 @@ def planned_run(config: RunConfig, facts: ModelFacts, data: Sequence[ExampleSet]
             f"this machine, or `agzo-edge plan` to look at that one"
         )
     fitted = fitted_run(facts, config, machine, data=data_shape(data))
-    return Planned(fitted.config, fitted.plan, machine.name, fitted.notes, fitted.rungs, notes)
+    return Planned(fitted.config, fitted.plan, machine.name, fitted.notes, fitted.rungs, (*to_know, *notes))
 
 
 def data_shape(data: Sequence[ExampleSet]) -> DataShape:

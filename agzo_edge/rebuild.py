@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from agzo_edge.config import RunConfig
-from agzo_edge.errors import AdapterError
+from agzo_edge.errors import AdapterError, ConfigError
 from agzo_edge.model.branch import Branch, make_branches
 from agzo_edge.record.bases import WindowBases, load_bases
 from agzo_edge.record.journal import Journal
@@ -42,7 +42,7 @@ def bring_up_to(
     `from_start` the journal does all. (checkpoint-0 is the start of a run that went on with an adapter.)
     Raises AdapterError for a damaged file.
     """
-    end = journal.next_step if until_step is None else min(until_step, journal.next_step)
+    end = _end(until_step, journal.next_step)
     first = 0
     from_start = from_start or learner.config.target == "dequantized"  # a checkpoint has no held weights
     for step in reversed(checkpoint_steps(directory)):
@@ -106,6 +106,13 @@ def replay_file_of(directory: Path) -> ReplayFile:
     return ReplayFile(journal.header, journal.records, windows, read_checked(start) if start.is_file() else {})
 
 
+def _end(until_step: int | None, n_steps: int) -> int:
+    """The step to end at, by default after the last. Raises ConfigError for one that the run has not."""
+    if until_step is not None and not 0 <= until_step <= n_steps:
+        raise ConfigError(f"--until-step is {until_step}, and the run has {n_steps} steps")
+    return n_steps if until_step is None else until_step
+
+
 def learner_of(header: Mapping[str, Any]) -> Learner:
     """The learner of the run that a journal's header describes, before its first step."""
     with _of_one_run("the journal's header"):
@@ -115,7 +122,7 @@ def learner_of(header: Mapping[str, Any]) -> Learner:
 def rebuilt(run: ReplayFile, *, until_step: int | None = None, skip: Container[int] = ()) -> Learner:
     """The learner after the run's steps, or the first `until_step`. Raises AdapterError for a damaged file."""
     learner = learner_of(run.header)
-    records = run.records if until_step is None else run.records[:until_step]
+    records = run.records[: _end(until_step, len(run.records))]
 
     def bases_of(step: int) -> WindowBases:
         window = run.windows.get(step)

@@ -230,6 +230,21 @@ def _are_numbers(metrics: Metrics) -> bool:
     return pairs and all(type(x) in (int, float) for x in chain(told, *spans))
 
 
+def is_unfinished(directory: Path) -> bool:
+    """Whether a run in `directory` has left no adapter yet."""
+    return (directory / JOURNAL_NAME).is_file() and not (directory / CONFIG_NAME).is_file()
+
+
+def header_in(directory: Path) -> Mapping[str, Any] | None:
+    """The journal's header of the run that made the adapter in `directory`, or in a folder of the run's; else None.
+
+    Raises AdapterError for a damaged journal.
+    """
+    journals = (place / JOURNAL_NAME for place in (directory, directory.absolute().parent))
+    found = next((path for path in journals if path.is_file()), None)
+    return None if found is None else read_journal(found).header
+
+
 def read_run(directory: Path) -> Journal:
     """The journal of the run in `directory`. Raises AdapterError when there is none."""
     if not (directory / JOURNAL_NAME).is_file():

@@ -37,7 +37,7 @@ from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_model
 from agzo_edge.model.memory import expect_outside_torch
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.preparation import on_adapters_layers, planned_run, run_data
+from agzo_edge.preparation import on_adapters_layers, planned_run, run_data, within_positions
 from agzo_edge.rebuild import bring_up_to
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.record.lock import RunLock
@@ -81,15 +81,19 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     if missing := [flag for flag, value in needed.items() if value is None]:
         raise ConfigError(f"a run needs {' and '.join(missing)} as well; without a model and data the demo runs")
     out = Path(str(config.output_dir))
-    resume = resume and (out / JOURNAL_NAME).exists()  # a run killed before its first step begins again
+    found = (out / JOURNAL_NAME).exists()
+    to_know = (f"there is nothing to resume in {out}: this is a new run",) if resume and not found else ()
+    resume = resume and found  # a run killed before its first step begins again
     if not resume:
         require_unused(out)
     facts = model_facts(str(config.model))  # first of all: a model that is not there is refused at once
-    data, held_out = run_data(config)
+    facts.require_trainable(config.target_modules)
+    config = within_positions(config, facts)
+    data, held_out = run_data(config, facts)
     yield DataReady(data.report, held_out.report if held_out else None, data.sample)
     changes = load_changes(Path(config.adapter)) if config.adapter else {}
     config = on_adapters_layers(config, changes, facts)
-    planned = planned_run(config, facts, [part for part in (data, held_out) if part])
+    planned = planned_run(config, facts, [part for part in (data, held_out) if part], to_know=to_know)
     yield planned
     config = planned.config
     widest = max((change.rank for change in changes.values()), default=0)

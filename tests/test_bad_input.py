@@ -151,6 +151,40 @@ def test_a_model_that_brings_code_is_refused_and_its_code_is_not_run(bench: Benc
     assert not (bench.root / "ran").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_tokenizer_that_knows_more_words_than_the_model(bench: Bench, command: str) -> None:
+    small = save_tiny(transformers.LlamaConfig(**{**SHAPE, "vocab_size": 60}), bench.root / "small")
+    arguments = bench.train(model=small)
+    if command == "eval":
+        arguments = ["eval", "--model", str(small), "--data", str(bench.data), "--device", "cpu"]
+    bench.refused(arguments, "good.jsonl:1: token ", " of 60 words: the tokenizer is not the model's")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [("dtype", "float99", "float99"), ("pad_token_id", 10**6, "cannot be loaded"), ("hidden_act", "zorg", "zorg")],
+)
+def test_a_config_that_the_loader_cannot_follow(bench: Bench, field: str, value: object, named: str) -> None:
+    model = bench.copy_of_model()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {field: value}))
+    bench.refused(bench.train(model=model), named)
+
+
+def test_the_same_fault_in_many_rows_is_told_once(bench: Bench) -> None:
+    data = bench.file("many.jsonl", '{"question": "why?"}\n' * 1200)
+    message = bench.refused(bench.train(data=data), "1,200 of 1,200 rows", "many.jsonl:1: fields 'question'")
+    assert "(and 1,199 more rows)" in message
+    assert len(message.splitlines()) < 6
+
+
+def test_experts_are_refused_by_a_plan_as_by_a_run(bench: Bench) -> None:
+    model = save_tiny(transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS), bench.root / "experts")
+    for command in (["plan", "--model", str(model)], bench.train(model=model)):
+        bench.refused(command, "--target-modules", "q_proj")
+    assert bench.run(["plan", "--model", str(model), "--target-modules", "q_proj,v_proj"])[0] == 0
+
+
 def test_experts_fused_into_one_tensor_are_refused_by_name(bench: Bench) -> None:
     model = save_tiny(transformers.MixtralConfig(**SHAPE, **EXPERTS), bench.root / "model")
     bench.refused(bench.train(model=model), "experts", "--target-modules")
@@ -336,7 +370,7 @@ def test_a_row_longer_than_the_models_positions(bench: Bench, command: str) -> N
     arguments = bench.train("--max-seq-length", 300, model=model, data=data)
     if command == "eval":
         arguments = ["eval", "--model", model, "--data", str(data), "--max-seq-length", "300"]
-    bench.refused(arguments, "201 tokens", "128 positions", "--max-seq-length 128")
+    bench.refused(arguments, "201 tokens", "the model has 128 positions: --overlong truncate or drop")
 
 
 # flags, files of settings, profiles

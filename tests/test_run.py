@@ -164,6 +164,33 @@ def test_a_replay_gives_the_same_adapter_without_model_or_data(whole_run: Path, 
     assert adapter_of(tmp_path / "replayed") == adapter_of(whole_run)
 
 
+def test_a_replay_beyond_the_last_step_is_refused(whole_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"until-step is {STEPS + 1}, and the run has {STEPS} steps"):
+        agzo_edge.replay(whole_run, output=tmp_path / "replayed", until_step=STEPS + 1)
+
+
+def test_an_adapter_is_used_on_its_base_as_it_was_held_and_scored_by_its_runs_objective(tmp_path: Path) -> None:
+    data = tmp_path / "choices.jsonl"
+    data.write_text('{"prompt": "Is it a bird?", "options": [" yes", " no"], "answer": 0}\n' * 4)
+    settings = {"objective": "choice", "load_in_4bit": False, "refresh_every": 1}
+    events = trained(tmp_path / "run", data=str(data), eval_data=str(data), **settings)
+    after = next(event.run.after for event in events if isinstance(event, Finished))
+    scored = agzo_edge.evaluate(data=str(data), adapter=tmp_path / "run")
+    assert scored.accuracy is not None
+    assert scored.loss == pytest.approx(after.loss, rel=1e-6)
+    model = agzo_edge.load(adapter=tmp_path / "run" / "best").model
+    assert model.quantization == "none"
+    assert agzo_edge.load(adapter=tmp_path / "run", load_in_8bit=True).model.quantization == "int8"
+
+
+def test_an_adapter_of_a_run_that_has_not_ended_is_no_adapter_yet(tmp_path: Path) -> None:
+    events = training(config_of(tmp_path / "run"))
+    next(event for event in events if isinstance(event, Stepped))
+    events.close()
+    with pytest.raises(AdapterError, match=r"has not ended.*--resume-from-checkpoint.*replay"):
+        agzo_edge.load(adapter=tmp_path / "run")
+
+
 def test_a_replay_until_a_step_gives_that_checkpoint(whole_run: Path, tmp_path: Path) -> None:
     agzo_edge.replay(whole_run, output=tmp_path / "replayed", until_step=3)
     assert adapter_of(tmp_path / "replayed") == adapter_of(whole_run / "checkpoint-3")

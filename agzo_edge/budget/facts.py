@@ -9,12 +9,10 @@ from agzo_edge.budget.block import Block, block_of
 from agzo_edge.budget.headers import QUANT_STATE, Checkpoint, StoredTensor
 from agzo_edge.budget.hub import open_checkpoint
 from agzo_edge.errors import ModelError, numbered
-from agzo_edge.writers import is_in_state_space, targets_among
+from agzo_edge.writers import ALL_LINEAR, is_in_state_space, targets_among, writes_to_residual
 
 StoredAs = Literal["dense", "4bit", "4bit-nested", "8bit"]
 
-# Layers that lead back to the model's width: tells (out, in) of a packed weight that comes without a shape.
-_BACK_TO_HIDDEN = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "w2", "wo")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 _HEADS = ("lm_head", "embed_out")
 _WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
@@ -22,7 +20,7 @@ _HEAD_COUNTS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attent
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 _NOT_TEXT = re.compile(r"vision|visual|audio|multi_modal|\.experts\.")
-_MLP_MODULES = ("mlp", "feed_forward", "ffn")  # as model/pieces.py finds them
+MLP_MODULES = ("mlp", "feed_forward", "ffn")  # of a block's part that knows no neighbouring tokens
 _IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")
 
 
@@ -57,7 +55,7 @@ class ModelFacts:
     @property
     def has_mlp_module(self) -> bool:
         """Whether a block's MLP is a module that can be given a part of the tokens."""
-        return any(part in _MLP_MODULES for name in self.linears for part in name.split("."))
+        return any(part in MLP_MODULES for name in self.linears for part in name.split("."))
 
     @property
     def largest_other(self) -> str:
@@ -73,6 +71,16 @@ class ModelFacts:
         return linear + self.embedding_entries + self.head_entries + self.other_entries
 
     @property
+    def has_experts(self) -> bool:
+        """Whether it routes tokens to experts, whose weights transformers fuses: they stay as they are."""
+        return any(".experts." in name for name in self.tensors)
+
+    @property
+    def has_state_space(self) -> bool:
+        """Whether blocks have state-space mixers beside attention."""
+        return any(map(is_in_state_space, self.tensors))
+
+    @property
     def query_width(self) -> int:
         """Features of all query heads together."""
         return self.n_heads * self.head_dim
@@ -86,9 +94,21 @@ class ModelFacts:
         """The layers to train, as `targets_among`. Raises ModelError naming each of `wanted` that matches nothing."""
         chosen, missing = targets_among(self.linears, wanted)
         if missing:
-            kinds = sorted({name.rsplit(".", 1)[-1] for name in self.linears})
-            raise ModelError(f"{self.source}: no layer matches {', '.join(missing)}; there are {', '.join(kinds)}")
+            raise ModelError(f"{self.source}: no layer matches {', '.join(missing)}; there are {self._kinds}")
         return {name: shape for name, shape in self.linears.items() if name in chosen}
+
+    def require_trainable(self, wanted: Sequence[str] | None) -> None:
+        """Raise ModelError for a model of experts where the layers to train are not named, or none is known by name."""
+        if self.has_experts and (not wanted or ALL_LINEAR in wanted):
+            raise ModelError(
+                f"{self.source}: routes tokens to experts, whose fused weights AGZO cannot adapt. Name the layers to "
+                f"train with --target-modules, and they stay frozen; there are {self._kinds}"
+            )
+
+    @property
+    def _kinds(self) -> str:
+        """The last parts of the layers' names."""
+        return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in self.linears}))
 
 
 def model_facts(source: str) -> ModelFacts:
@@ -207,7 +227,7 @@ def _is_conv1d(checkpoint: Checkpoint) -> bool:
 def _unpacked_shape(layer: str, n_weights: int, *, hidden: int) -> tuple[int, int]:
     """(out, in) of a packed weight whose quant_state was not read: one side is the model's width."""
     other = n_weights // hidden
-    return (hidden, other) if layer.rsplit(".", 1)[-1] in _BACK_TO_HIDDEN else (other, hidden)
+    return (hidden, other) if writes_to_residual(layer) else (other, hidden)
 
 
 def _stored_as(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]]) -> StoredAs:

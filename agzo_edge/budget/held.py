@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 
 from agzo_edge.budget.facts import input_groups
 from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job, folded_rank
-from agzo_edge.config import KEPT_CHECKPOINTS
+from agzo_edge.config import KEPT_CHECKPOINTS, N_MOMENTS
 from agzo_edge.units import MIB
 
 MOVABLE = ("weights", "embeddings")  # what offload moves
 CPU_COLUMNS = 16  # of the 16-bit copy, a multiple of it on a CPU: numerics/products.py fills it up
-MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "sign": 0}  # of the optimizer, each the size of C
 WORD_BYTES = 400  # of a tokenizer's vocabulary, merges included: 334 at 150,000 words, 418 at 32,000 (tokenizers 0.23)
 HUB_LIBRARY_BYTES = 75 * MIB  # datasets, pandas and pyarrow with it (datasets 5.2, 2026-11)
 INDEX_LINE_BYTES = 12  # of a data file's line: where it begins, and its size
@@ -94,7 +93,8 @@ def embeddings(job: Job) -> Iterator[Component]:
     head = "tied head" if facts.tied else "head"
     place = job.place_of("embeddings")
     yield Component("embeddings", n_entries * b, place, f"{n_entries:,} numbers (embeddings, {head}) x {b} B")
-    yield Component("norms", facts.other_entries * b, "device", f"{facts.other_entries:,} norms, biases x {b} B")
+    others = "norms, biases, experts as they are" if facts.has_experts else "norms, biases"
+    yield Component("norms", facts.other_entries * b, "device", f"{facts.other_entries:,} {others} x {b} B")
     if place == "host":
         part_bytes = min(job.config.logits_chunk, facts.vocab_size * facts.hidden_size * b)
         yield Component("head part", part_bytes, "device", "a part of the vocabulary's head at a time")
@@ -150,7 +150,7 @@ def best_state(job: Job) -> Component:
     if not config.can_go_back:
         return Component("best state", 0, "host", "the run does not go back")
     width = sum(out + inp for out, inp in job.targets.values())
-    of_window = (1 + MOMENTS[config.optimizer]) * coefficient_entries(job, job.targets) + guide_entries(job)
+    of_window = (1 + N_MOMENTS[config.optimizer]) * coefficient_entries(job, job.targets) + guide_entries(job)
     n_bytes = (width * folded_rank(job) + basis_entries(job) + of_window) * FLOAT32_BYTES
     formula = f"(out + in) {width:,} x {folded_rank(job)} x 4 B, and a window of rank {config.rank}"
     return Component("best state", n_bytes, job.host, formula)

@@ -1,5 +1,6 @@
 """What fits on a machine: the same run with rows and batches of many sizes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -51,11 +52,18 @@ def memory_sweep(facts: ModelFacts, config: RunConfig, profile: Profile) -> Swee
     """
     cells = tuple(
         _cell(facts, _resized(config, length=length, batch_size=batch_size), profile)
-        for length in LENGTHS
+        for length in _lengths(facts)
         for batch_size in BATCHES
     )
     limit_bytes = predicted_memory(facts, config, profile).limit_bytes
     return Sweep(profile_name=profile.name, limit_bytes=limit_bytes, cells=cells)
+
+
+def _lengths(facts: ModelFacts) -> Sequence[int]:
+    """The lengths that the model has positions for, up to all of them."""
+    if facts.positions is None:
+        return LENGTHS
+    return sorted({min(length, facts.positions) for length in LENGTHS})
 
 
 def _resized(config: RunConfig, *, length: int, batch_size: int) -> RunConfig:

@@ -3,6 +3,7 @@
 The API loads torch, so a command imports it when it runs: `--help` must not wait for it.
 """
 
+import shutil
 from importlib.metadata import version
 from typing import Annotated
 
@@ -12,13 +13,15 @@ from agzo_edge.cli.results import doctor, export, profiles, replay, report
 from agzo_edge.cli.training import plan, train
 from agzo_edge.cli.using import chat, evaluate, generate
 
+PANEL_COLUMNS = 110  # narrower, the panels of a command's help would cut the flags' names short
+
 app = typer.Typer(
     name="agzo-edge",
     epilog="Exit codes: 0 done, 1 failure, 2 bad usage or data, 3 does not fit the budget, 4 budget broken, "
     "130 and 143 stopped by a signal.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= PANEL_COLUMNS else None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -115,7 +115,7 @@ def _help_of(field: FieldInfo) -> str:
     limits = ((word, getattr(limit, bound, None)) for limit in field.metadata for bound, word in _LIMITS.items())
     span = " ".join(word.format(_spelled(limit)) for word, limit in limits if limit is not None)
     notes += [span] if span else []
-    return f"{field.description} [dim]\\[{'; '.join(notes)}][/dim]" if notes else str(field.description)
+    return f"{field.description} ({'; '.join(notes)})" if notes else str(field.description)
 
 
 def _spelled(value: object) -> str:

@@ -101,9 +101,9 @@ def event_lines(event: "Event") -> list[Text]:
             chosen = fact("mu", f"{probe.mu:g}, chosen by probing (noise floor {probe.noise_floor:.2g})")
             return [chosen, fact("", LOST_SIGNAL_ADVICE, "yellow")] if probe.is_lost else [chosen]
         case Moved(step=step, what=what):
-            return [fact("memory", f"after step {step}: {what}", "yellow")]
+            return [fact("memory", f"from step {step + 1}: {what}", "yellow")]
         case WentBack(step=step, to_step=to_step, learning_rate=rate):
-            line = f"steps {to_step} to {step - 1} had done harm and are taken back"
+            line = f"steps {to_step + 1} to {step} had done harm and are taken back"
             return [fact("undo", f"{line}; the learning rate is now {rate:.2g}" if rate else line, "yellow")]
     return []
 

@@ -10,7 +10,7 @@ import typer
 from agzo_edge.cli.consoles import print_lines, stdout_console, write_json
 from agzo_edge.cli.flags import AsJson, ConfigFile, DryRun, Preset, Resume
 from agzo_edge.cli.options import given, with_settings
-from agzo_edge.cli.screen import comparison, plan_table, verdict
+from agzo_edge.cli.screen import comparison, fact, plan_table, verdict
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import BudgetError
 
@@ -120,5 +120,6 @@ def show_plan(memory_plan: "MemoryPlan", *, as_json: bool) -> None:
         console.print()
         console.print(verdict(memory_plan))
         console.print(comparison(memory_plan))
+        print_lines(console, [fact("note", note, "yellow") for note in memory_plan.notes])
     if not memory_plan.can_run:
         raise typer.Exit(BudgetError.exit_code)

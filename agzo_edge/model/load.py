@@ -3,7 +3,8 @@
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +25,12 @@ from agzo_edge.model.runtime import EdgeModel, attach_branches, require_guidable
 from agzo_edge.model.weights import HeldWeight, base_weight_of, linear_layers, quantized
 from agzo_edge.model.workspace import Workspace
 from agzo_edge.writers import ALL_LINEAR, targets_among
+
+# What broken or odd files of a model make its loaders raise; an assertion is theirs, not ours.
+_LOADING_FAILED = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    *(AssertionError, ImportError, RuntimeError, SafetensorError),
+)
 
 
 def import_libraries() -> None:
@@ -115,7 +122,7 @@ def load_tokenizer(source: str, config: RunConfig) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _LOADING_FAILED as error:
         raise ModelError(f"{source}: no tokenizer can be read: {_reason(error)}") from None
 
 
@@ -125,8 +132,7 @@ def _pretrained(source: str, config: RunConfig, *, dtype: torch.dtype) -> Any:
 
     try:
         _refuse_other_quantization(source, config)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # loaders warn about what is checked below
+        with _quiet_loader():
             network, info = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype="auto",
@@ -136,11 +142,29 @@ def _pretrained(source: str, config: RunConfig, *, dtype: torch.dtype) -> Any:
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except _LOADING_FAILED as error:
         raise ModelError(f"{source}: cannot be loaded: {_reason(error)}") from None
     _refuse_incomplete(info, source)
     _renew_buffers(network, dtype)
     return network
+
+
+@contextmanager
+def _quiet_loader() -> Iterator[None]:
+    """Inside, transformers shows no bars, warnings or tables: what they tell of is checked afterwards."""
+    from transformers.utils import logging
+
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def _renew_buffers(network: Any, dtype: torch.dtype) -> None:
@@ -194,7 +218,7 @@ def target_names(network: Any, wanted: Sequence[str] | None, *, source: str) -> 
 
 
 def _refuse_fused_experts(network: nn.Module, source: str, config: RunConfig) -> None:
-    """Raise ModelError for weights with three dimensions: experts fused into one tensor have no side-branch."""
+    """Raise ModelError for weights with three dimensions, such as experts fused into one: they have no side-branch."""
     if config.target_modules and ALL_LINEAR not in config.target_modules:
         return
     faults = [
@@ -203,17 +227,21 @@ def _refuse_fused_experts(network: nn.Module, source: str, config: RunConfig) ->
         if parameter.ndim == 3 and min(parameter.shape) > 1
     ]
     if faults:
+        kinds = sorted({name.rpartition(".")[2] for name in linear_layers(network)})
         raise ModelError(
-            f"{source}: holds fused expert weights, which AGZO cannot adapt. Name the layers to train with "
-            f"--target-modules (q_proj, v_proj, ...) to leave them frozen:\n{numbered(faults, shown=5)}"
+            f"{source}: holds weights of several layers in one, such as fused experts, which AGZO cannot adapt. Name "
+            f"the layers to train with --target-modules to leave them frozen; there are {', '.join(kinds)}:\n"
+            f"{numbered(faults, shown=5)}"
         )
 
 
 def _reason(error: Exception) -> str:
     """The first line of a loader's message, since the rest is advice for another program's users."""
-    text = str(error)
+    text = str(error).strip()
     if "trust_remote_code" in text:
         return "it needs Python code of its own, which is run only with --trust-remote-code"
     if "no file named model.safetensors" in text:
         return "it holds no safetensors file, and no other kind (.bin, .pt) is read"
-    return text.strip().split("\n")[0] or type(error).__name__
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    said = " ".join(lines[:4] if lines and lines[0].endswith(":") else lines[:1])
+    return said if said and not isinstance(error, KeyError) else f"{type(error).__name__} {said}".strip()

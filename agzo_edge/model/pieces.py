@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agzo_edge.budget.facts import MLP_MODULES
 from agzo_edge.model.passes import PassContext
-
-MLP_NAMES = ("mlp", "feed_forward", "ffn")  # of a block's part that knows no neighbouring tokens
 
 
 def let_mlps_work_in_pieces(network: nn.Module, context: PassContext) -> None:
@@ -17,7 +16,7 @@ def let_mlps_work_in_pieces(network: nn.Module, context: PassContext) -> None:
     An MLP is found by its name; OPT, whose block holds the two layers itself, has none, and works as before.
     """
     for name, module in network.named_modules():
-        if name.rpartition(".")[2] in MLP_NAMES:
+        if name.rpartition(".")[2] in MLP_MODULES:
             module.forward = _in_pieces(module.forward, context)  # this module's alone
 
 

@@ -197,6 +197,10 @@ def _layer_inputs(model: EdgeModel) -> dict[str, Tensor]:
             ours = model.logits(hidden)
             ids[:, -1] += 1
             before_last = model.hidden_states(ids)[:, :-1]
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(f"{model.source}: its own forward pass fails: {str(error).strip().splitlines()[0]}") from error
     finally:
         for hook in hooks:
             hook.remove()

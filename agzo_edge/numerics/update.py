@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 Optimizer = Literal["sgd", "momentum", "adam", "sign"]
-N_MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "sign": 0}
 ADAM_EPS = 1e-8
 
 

@@ -6,7 +6,6 @@ a killed process left there is overwritten by the next write.
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -116,12 +115,6 @@ def make_directory(path: Path) -> None:
     for made in (path, *missing):
         with contextlib.suppress(PermissionError):  # somebody else's directory, which we may enter and not read
             sync_directory(made.parent)
-
-
-def sha256_of_file(path: Path) -> str:
-    """The SHA-256 of the file's bytes, 64 lower-case hex digits. Raises OSError."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def inside(directory: Path, name: str) -> Path:

@@ -110,5 +110,5 @@ def _rewrite_as(weights: Path, dtype: str) -> None:
     """Store the adapter's tensors in `dtype`. Raises ModelError when a number passes its range."""
     narrow = weights.with_suffix(".narrow")
     tensors = [stored_as(tensor, FLOATS[dtype]) for tensor in lazy_tensors(weights)]
-    write_tensor_file(narrow, tensors, metadata={"format": "pt"})
+    write_tensor_file(narrow, tensors)
     narrow.replace(weights)

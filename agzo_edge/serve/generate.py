@@ -52,6 +52,8 @@ class TextModel:
             ).input_ids
         if ids.shape[1] == 0:
             raise ModelError("the prompt is empty, and the tokenizer adds nothing to it: write at least a word")
+        if (highest := int(ids.max())) >= (n_words := self.model.vocab_size):
+            raise ModelError(f"{self.model.source}: token {highest} of {n_words:,} words: the tokenizer is not its own")
         return ids.to(self.model.device)
 
     def _within_positions(self, prompt_tokens: int, sampling: Sampling) -> Sampling:

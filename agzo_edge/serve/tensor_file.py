@@ -7,7 +7,7 @@ Source: https://github.com/huggingface/safetensors, section Format.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,20 +88,20 @@ def stored_as(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     return replace(tensor, dtype=dtype, read=read)
 
 
-def write_tensor_file(path: Path, tensors: Sequence[LazyTensor], *, metadata: Mapping[str, str] | None = None) -> None:
+def write_tensor_file(path: Path, tensors: Sequence[LazyTensor]) -> None:
     """Leave the tensors in one safetensors file, one in memory at a time. Raises OSError."""
     # wide types first, so that every tensor starts at a multiple of its element's size
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     with path.open("wb") as stream:
-        header = _header(ordered, {"format": "pt", **(metadata or {})})
+        header = _header(ordered)
         stream.write(len(header).to_bytes(8, "little"))
         stream.write(header)
         for tensor in ordered:
             stream.write(_bytes_of(tensor))
 
 
-def _header(tensors: Sequence[LazyTensor], metadata: Mapping[str, str]) -> bytes:
-    fields: dict[str, object] = {"__metadata__": dict(metadata)}
+def _header(tensors: Sequence[LazyTensor]) -> bytes:
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
         end = start + tensor.n_bytes

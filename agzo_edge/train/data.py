@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from agzo_edge.config import RunConfig
 from agzo_edge.data_config import Objective
 from agzo_edge.model.device import sent
 from agzo_edge.train.tokens import TokenRow
@@ -139,6 +140,12 @@ def micro_batches(
     for first in range(0, len(examples), micro_batch_size):
         part = slice(first, first + micro_batch_size)
         yield _batch(examples[part], weights[part], first_example=first, pad_id=pad_id)
+
+
+def batches_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> list[Batch]:
+    """`examples` in the micro-batches that a run takes them in."""
+    size, pad_id = config.micro_batch_size or config.batch_size, pad_id_of(tokenizer)
+    return list(micro_batches(examples, micro_batch_size=size, pad_id=pad_id, objective=config.objective))
 
 
 def _weights(examples: Sequence[Example], objective: Objective) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import DataError
 from agzo_edge.train.data import Example, ExampleSet
@@ -25,14 +26,15 @@ def load_examples(
     config: RunConfig,
     *,
     split: Split = "train",  # of a directory or a hub data set; a file is read whole
+    facts: ModelFacts | None = None,  # of the model, for what it has no words or positions for
 ) -> ExampleSet:
     """The examples of a source; of a large JSON Lines file to train on, read when they are needed.
 
     Raises DataError once, with the faults of all rows, of a large file of those that the run uses.
     """
     if split == "train" and (path := large_file(source, split=split, at_least=STREAM_BYTES)):
-        return streamed_examples(path, tokenizer, config)
-    maker, tally = ExampleMaker(source, tokenizer, config), Tally()
+        return streamed_examples(path, tokenizer, config, facts=facts)
+    maker, tally = ExampleMaker(source, tokenizer, config, facts=facts), Tally()
     examples: list[Example] = []
     limit = config.max_seq_length
     for row in text_rows(read_rows(source, split=split), tokenizer, max_tokens=limit, line_pattern=config.line_pattern):
@@ -40,7 +42,7 @@ def load_examples(
         tally.add(row.place, made)
         if made.example is not None:
             examples.append(made.example)
-    if fault := tally.complaint(limit):
+    if fault := tally.complaint(limit, positions=facts.positions if facts else None):
         raise DataError(f"{source}: {fault}")
     report = tally.report(maker.format, padding=_padding(examples, config, split=split))
     return ExampleSet(examples, report, _sha256(examples), sample_of(examples[0], tokenizer))

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agzo_edge.config import AgzoConfig
+from agzo_edge.config import N_MOMENTS, AgzoConfig
 from agzo_edge.model.branch import Branch
 from agzo_edge.model.device import sent
 from agzo_edge.numerics.estimate import Spread, clipped, gradient_estimate
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.numerics.noise import rounding_bits
-from agzo_edge.numerics.update import N_MOMENTS, direction, reprojected, scheduled_rate
+from agzo_edge.numerics.update import direction, reprojected, scheduled_rate
 from agzo_edge.record.bases import WindowBases
 
 RATE_AFTER_UNDO = 1 / 3  # about half a decade: the next try is a clearly different one

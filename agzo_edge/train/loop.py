@@ -2,24 +2,22 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from agzo_edge.config import RunConfig
-from agzo_edge.errors import BudgetBrokenError, DataError, ModelError, NonFiniteLossError
+from agzo_edge.errors import ModelError, NonFiniteLossError
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.train.data import Batch, Example, ExampleSet, longest_examples, micro_batches, pad_id_of
+from agzo_edge.train.data import Batch, ExampleSet, batches_of, longest_examples
 from agzo_edge.train.guard import Guard
 from agzo_edge.train.learner import Learner
+from agzo_edge.train.lookout import Lookout, refuse_bad_rows
 from agzo_edge.train.objective import Goal, loss_of
 from agzo_edge.train.order import chosen_examples
 from agzo_edge.train.probe import MuProbe, probe_mu
 from agzo_edge.train.step import StepRecord, agzo_step, begin_window, find_window, measure
-from agzo_edge.train.undo import is_due, is_harm, is_lost, n_watched, watched_examples
 
 REHEARSAL_MU = 1e-3  # any size: only the memory of the passes is looked at
 
@@ -50,51 +48,27 @@ def run_steps(
 
     The examples of a step depend on the seed and the step's number alone. Where the run has done harm it goes back
     to its best state before the step. Raises NonFiniteLossError when that does not help either, and BudgetBrokenError
-    when a step, or the one before it, did not stay within the limit however small its pieces.
+    when a step, or the one before it, did not stay within the limit however small its pieces, and DataError for a row
+    of a file read as it goes.
     """
 
-    def look() -> tuple[float, ...]:
-        examples = watched_examples(data, len(learner.watched) or n_watched(data, guard.config))
-        losses = guard.run(partial(watched_losses, model, examples, goal=goal))
-        if not learner.watched:
-            pairs = zip(examples, losses, strict=True)
-            _refuse_bad_rows([example.place for example, loss in pairs if not math.isfinite(loss)])
-        return losses
-
+    lookout = Lookout(model, learner, data, guard=guard, goal=goal)
     for step in range(first_step, guard.config.max_steps):
         start_s = time.perf_counter()
-        watched, went_back_to = None, None
-        if is_due(step, guard.config) or is_lost(last_loss, learner.watched):
-            watched = look()
-            if is_harm(watched, learner.watched):
-                watched, went_back_to = None, learner.go_back()
-            else:
-                learner.watch(watched, step=step)
+        seen = lookout.before(step, last_loss=last_loss)
         work = partial(_step, model, learner, data, step=step, mu=mu, goal=goal)
         try:
             record, tokens = guard.run(work)
         except NonFiniteLossError:
-            if went_back_to is not None or learner.watched in ((), watched):  # there is nowhere else to go back to
+            if not lookout.can_retreat(seen):
                 raise
-            watched, went_back_to = None, learner.go_back()
+            seen = lookout.retreat()
             record, tokens = guard.run(work)
         guard.has_begun = True
         last_loss = record.loss
-        ended_at = None
-        if learner.watched and step == guard.config.max_steps - 1:
-            with suppress(BudgetBrokenError, DataError):  # the step is made: without a look it counts as it is
-                ended_at = learner.go_back() if is_harm(look(), learner.watched, last=True) else None
-        record = replace(record, watched=watched, went_back_to=went_back_to, ended_at=ended_at)
+        ended_at = lookout.after(step)
+        record = replace(record, watched=seen.watched, went_back_to=seen.went_back_to, ended_at=ended_at)
         yield TimedStep(record, time.perf_counter() - start_s, tokens, guard.peak_bytes, guard.take_moves())
-
-
-def watched_losses(
-    model: EdgeModel, examples: Sequence[Example], config: RunConfig, *, goal: Goal | None = None
-) -> tuple[float, ...]:
-    """The loss of each example, as the model is now."""
-    batches = _micro_batches(model, examples, config=config)
-    parts = [loss_of(model, batch.to(model.device), objective=goal or config.objective)[0] for batch in batches]
-    return tuple(torch.cat(parts).tolist())
 
 
 def _step(
@@ -116,18 +90,7 @@ def _step(
 def batches_of_step(model: EdgeModel, data: ExampleSet, *, step: int, config: RunConfig) -> list[Batch]:
     """The micro-batches of a step: a function of the data, the seed and the step's number."""
     chosen = chosen_examples(data.lengths, step=step, config=config)
-    return _micro_batches(model, [data.examples[index] for index in chosen], config=config)
-
-
-def _micro_batches(model: EdgeModel, examples: Sequence[Example], *, config: RunConfig) -> list[Batch]:
-    return list(
-        micro_batches(
-            examples,
-            micro_batch_size=config.micro_batch_size or config.batch_size,
-            pad_id=pad_id_of(model.tokenizer),
-            objective=config.objective,
-        )
-    )
+    return batches_of([data.examples[index] for index in chosen], model.tokenizer, config)
 
 
 def rehearse(model: EdgeModel, data: ExampleSet, *, guard: Guard, goal: Goal | None = None) -> None:
@@ -137,7 +100,7 @@ def rehearse(model: EdgeModel, data: ExampleSet, *, guard: Guard, goal: Goal | N
     """
 
     def longest_batch(config: RunConfig) -> None:
-        batches = _micro_batches(model, longest_examples(data, config.batch_size), config=config)
+        batches = batches_of(longest_examples(data, config.batch_size), model.tokenizer, config)
         with bases_kept(model):
             refresh = begin_window(model, batches, config, goal=goal)
             measure(model, batches, step=0, mu=REHEARSAL_MU, config=config, refresh=refresh, goal=goal)
@@ -169,16 +132,7 @@ def require_finite(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goa
         bad += [place for place, ok in zip(batch.places, finite, strict=True) if not ok]
     if bad and len(bad) == len(places):
         raise ModelError(f"{model.source}: gives no finite loss on any row: its weights hold NaN or infinite numbers")
-    _refuse_bad_rows(bad)
-
-
-def _refuse_bad_rows(places: Sequence[str]) -> None:
-    """Raise NonFiniteLossError naming the rows on which the model itself has no finite loss, if there are any."""
-    if places:
-        raise NonFiniteLossError(
-            f"the model's own loss, before training, is not finite on {', '.join(places[:5])}: leave these rows out, "
-            f"or try --dtype float32"
-        )
+    refuse_bad_rows(bad)
 
 
 def probed_mu(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal | None = None) -> MuProbe:

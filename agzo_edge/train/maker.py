@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import DataError
 from agzo_edge.train.conversation import require_chat_template
@@ -18,10 +19,13 @@ from agzo_edge.train.tokens import TokenRow, label_runs
 class ExampleMaker:
     """Makes examples of a source's raw rows, as the settings say."""
 
-    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    def __init__(
+        self, source: str, tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, facts: ModelFacts | None = None
+    ) -> None:
         self.source = source
         self.tokenizer = tokenizer
         self.config = config
+        self.facts = facts
         self._first: SoundRow | None = None  # the others must have its format
 
     @property
@@ -47,8 +51,13 @@ class ExampleMaker:
         return self._fitted(sound, rows)
 
     def _token_rows(self, row: SoundRow) -> tuple[TokenRow, ...]:
+        """The tokens of a row. Raises DataError, without a place, for what cannot be made tokens of the model."""
         mask_prompt, train_on = self.config.mask_prompt, self.config.train_on
-        return token_rows(row.fields, row.format, self.tokenizer, mask_prompt=mask_prompt, train_on=train_on)
+        rows = token_rows(row.fields, row.format, self.tokenizer, mask_prompt=mask_prompt, train_on=train_on)
+        highest = max(int(each.input_ids.max(initial=0)) for each in rows)
+        if self.facts is not None and highest >= self.facts.vocab_size:
+            raise DataError(f"token {highest} of {self.facts.vocab_size:,} words: the tokenizer is not the model's")
+        return rows
 
     def _fitted(self, row: SoundRow, rows: tuple[TokenRow, ...]) -> Made:
         """The example of a row's tokens, cut or dropped where they are too many."""

@@ -146,8 +146,8 @@ def _require_finite(losses: Tensor, batches: Sequence[Batch], *, step: int, mu: 
     bad = [place for place, ok in zip(places, losses.isfinite().all(0).tolist(), strict=True) if not ok]
     if bad:
         raise NonFiniteLossError(
-            f"step {step}: the loss of {', '.join(bad[:5])} is not finite. Nothing was learned from this step; "
-            f"try a smaller --mu (now {mu:g}), --dtype float32, or look at these rows"
+            f"step {step + 1}: the loss of {', '.join(bad[:5])} is not finite. Nothing was learned from this step; "
+            f"try a smaller --mu (now {mu:g}), --dtype float32 where that of the run is narrower, or look at these rows"
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import DataError
 from agzo_edge.train.data import Example, ExampleSet
@@ -61,10 +62,12 @@ class StreamedExamples(Sequence[Example]):
                     return
 
 
-def streamed_examples(path: Path, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> ExampleSet:
+def streamed_examples(
+    path: Path, tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, facts: ModelFacts | None = None
+) -> ExampleSet:
     """The examples of a large JSON Lines file. Raises DataError once, with the faults of all rows looked at."""
     index = row_index(path)
-    examples = StreamedExamples(index, ExampleMaker(str(path), tokenizer, config))
+    examples = StreamedExamples(index, ExampleMaker(str(path), tokenizer, config, facts=facts))
     tally = Tally(config.batch_size)
     tokens: dict[int, int] = {}  # of the example of each line that was looked at, 0 where it has none
     tries = chain.from_iterable(map(examples.tried, _used_lines(index, config)))
@@ -72,7 +75,7 @@ def streamed_examples(path: Path, tokenizer: PreTrainedTokenizerBase, config: Ru
         if line not in tokens:  # a dropped line may have brought it up before
             tally.add(index.place(line), made)
             tokens[line] = longest_tokens(made.example.rows) if made.example else 0
-    if fault := tally.complaint(config.max_seq_length):
+    if fault := tally.complaint(config.max_seq_length, positions=facts.positions if facts else None):
         raise DataError(f"{path}: {fault}")
     padding = _padding(tokens, index, config)
     report = tally.report(examples.maker.format, padding=padding, lines_in_file=len(index))

@@ -1,6 +1,7 @@
 """The account of a source: what became of each of its rows, and what is to be said of them together."""
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from agzo_edge.errors import numbered
@@ -23,7 +24,7 @@ class Tally:
     """What has become of the rows seen so far; no example is kept but the largest."""
 
     n_largest: int = 1
-    faults: list[str] = field(default_factory=list)
+    faults: dict[str, list[str]] = field(default_factory=dict)  # each fault's places
     rows_seen: int = 0
     rows_used: int = 0
     rows_truncated: int = 0
@@ -39,7 +40,7 @@ class Tally:
         self.rows_seen += 1
         self.longest_tokens = max(self.longest_tokens, made.longest_tokens)
         if made.fault:
-            self.faults.append(f"{place}: {made.fault}")
+            self.faults.setdefault(made.fault, []).append(place)
         elif made.example is not None:
             self.rows_truncated += made.truncated
             self._use(made.example)
@@ -59,12 +60,15 @@ class Tally:
         """The examples that take most of a pass, the largest last."""
         return tuple(example for _, _, example in sorted(self._largest, key=lambda entry: entry[:2]))
 
-    def complaint(self, limit_tokens: int) -> str:
-        """Why these rows cannot be trained on; empty when they can."""
+    def complaint(self, limit_tokens: int, *, positions: int | None = None) -> str:
+        """Why these rows cannot be trained on; empty when they can. `positions` are those of the model."""
         if self.faults:
-            counted = f"{len(self.faults):,} of {self.rows_seen:,} rows cannot be used"
+            counted = f"{sum(map(len, self.faults.values())):,} of {self.rows_seen:,} rows cannot be used"
             advice = f"\nlonger rows: --max-seq-length {self.longest_tokens}, or --overlong truncate or drop"
-            return f"{counted}:\n{numbered(self.faults)}" + advice * (self.longest_tokens > limit_tokens)
+            if positions is not None and self.longest_tokens > positions:
+                advice = f"\nthe model has {positions:,} positions: --overlong truncate or drop"
+            told = numbered([_told(fault, places) for fault, places in self.faults.items()])
+            return f"{counted}:\n{told}" + advice * (self.longest_tokens > limit_tokens)
         if not self.rows_seen:
             return "holds no rows"
         if not self.rows_used:
@@ -95,3 +99,9 @@ class Tally:
             rows_per_example=self.rows_per_example,
             streamed=lines_in_file is not None,
         )
+
+
+def _told(fault: str, places: Sequence[str]) -> str:
+    """A fault with the row that has it, or with the first of them."""
+    others = f" (and {len(places) - 1:,} more rows)" if len(places) > 1 else ""
+    return f"{places[0]}: {fault}{others}"

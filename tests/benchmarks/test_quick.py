@@ -31,6 +31,12 @@ def test_step_cost_times_every_variant_on_both_bases(tmp_path: Path) -> None:
     assert all(times["wall_s"] > 0 for run in result["repetitions"].values() for rep in run for times in rep.values())
 
 
+def test_attention_mask_finds_no_difference_without_it(tmp_path: Path) -> None:
+    (row,) = quick_result("attention_mask", tmp_path / "result.json")["summary"]
+    assert row["ratio"] > 0
+    assert row["difference"] < 1e-6
+
+
 @pytest.mark.usefixtures("shared_dir")
 def test_alignment_scores_every_method_with_a_cosine(tmp_path: Path) -> None:
     result = quick_result("alignment", tmp_path / "result.json")

@@ -154,3 +154,13 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert messages.startswith("error: stopped by")
     assert len(messages.splitlines()) == 1  # no library speaks
     assert "--resume-from-checkpoint" in messages
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "110", "200"])
+def test_help_never_cuts_a_flags_name_short(columns: str) -> None:
+    code = "from agzo_edge.cli import main\nmain(['train', '--help'])"
+    told = {**os.environ, "COLUMNS": columns, "NO_COLOR": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=told)
+    assert "…" not in done.stdout
+    for flag in ("--resume-from-checkpoint", "--no-trust-remote-code", "--early-stopping-patience"):
+        assert flag in done.stdout

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from agzo_edge.config import N_MOMENTS
 from agzo_edge.numerics.basis import starting_basis
 from agzo_edge.numerics.update import (
-    N_MOMENTS,
     Optimizer,
     direction,
     reprojected,

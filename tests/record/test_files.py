@@ -1,14 +1,13 @@
 """Whole or not there."""
 
 import errno
-import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
 from agzo_edge.errors import AdapterError, AgzoError
-from agzo_edge.record.files import atomic_write_bytes, atomic_write_text, inside, sha256_of_file
+from agzo_edge.record.files import atomic_write_bytes, atomic_write_text, inside
 
 
 def test_a_written_file_is_there_and_nothing_else_is(tmp_path: Path) -> None:
@@ -56,11 +55,6 @@ def test_what_a_killed_write_left_aside_is_overwritten(tmp_path: Path) -> None:
 def test_a_missing_directory_is_a_message_and_not_a_traceback(tmp_path: Path) -> None:
     with pytest.raises(AgzoError, match="cannot be written: No such file or directory"):
         atomic_write_bytes(tmp_path / "none" / "a.bin", b"")
-
-
-def test_the_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"abc" * 100_000)
-    assert sha256_of_file(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["a.json", "bases/0.safetensors", "..a", "ä b.json"])
