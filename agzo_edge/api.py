@@ -4,7 +4,7 @@ A setting is a keyword argument with the name of a field of `RunConfig`; config.
 """
 
 import json
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import closing
 from itertools import count, takewhile
 from pathlib import Path
@@ -15,14 +15,12 @@ from agzo_edge.budget.facts import model_facts
 from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.budget.plan import fitted_run, memory_plan
 from agzo_edge.budget.sweep import Sweep, memory_sweep
-from agzo_edge.config import HELD_BY, RunConfig, config_from, read_toml
-from agzo_edge.data_config import DataConfig
+from agzo_edge.config import RunConfig, config_from, read_toml
 from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME, demo_settings
-from agzo_edge.errors import AdapterError, ConfigError
+from agzo_edge.errors import ConfigError
 
 if TYPE_CHECKING:  # these load torch, which planning does without
     from agzo_edge.events import Event, Run
-    from agzo_edge.model.runtime import EdgeModel
     from agzo_edge.serve.generate import TextModel
     from agzo_edge.train.evaluate import Metrics
     from agzo_edge.train.fidelity import Fidelity
@@ -130,11 +128,11 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
     The adapter of a run finds the base that it was trained on, held as it was then, unless `model` or `settings` say
     otherwise.
     """
+    from agzo_edge.loading import loaded_model
     from agzo_edge.serve.generate import TextModel
 
-    base, of_run = _base_of(adapter) if model is None else model, _of_run(adapter, HELD_BY)
-    config = resolve({"model": base, **settings}, of_run=of_run)
-    return TextModel(_loaded(config.model_copy(update={"batch_size": 1, "micro_batch_size": 1}), adapter))
+    config = _of_use(adapter, {"model": model, **settings}).model_copy(update={"batch_size": 1, "micro_batch_size": 1})
+    return TextModel(loaded_model(config, Path(adapter) if adapter else None))
 
 
 def evaluate(
@@ -144,21 +142,19 @@ def evaluate(
 
     The adapter of a run is scored by that run's objective, its rows made by its settings, unless `settings` name one.
     """
+    from agzo_edge.loading import loaded_model
     from agzo_edge.preparation import within_positions
     from agzo_edge.train.evaluate import evaluate as evaluated
     from agzo_edge.train.examples import load_examples
     from agzo_edge.train.goal import goal_of
     from agzo_edge.train.reward import refused_as_data
 
-    base, of_run = _base_of(adapter) if model is None else model, _of_run(adapter, HELD_BY)
-    if settings.get("objective") is None:
-        of_run |= _of_run(adapter, DataConfig.model_fields.keys() - {"data", "eval_data"})
-    config = resolve({"model": base, "data": data, **settings}, of_run=of_run)
+    config = _of_use(adapter, {"model": model, "data": data, **settings}, data_too=settings.get("objective") is None)
     if config.data is None and config.eval_data is None:
         raise ConfigError("there is nothing to evaluate on: name a file with --data")
     facts = model_facts(str(config.model))
     config = within_positions(config, facts)
-    loaded = _loaded(config, adapter)
+    loaded = loaded_model(config, Path(adapter) if adapter else None)
     examples = load_examples(
         str(config.eval_data or config.data),
         loaded.tokenizer,
@@ -172,44 +168,14 @@ def evaluate(
         return evaluated(loaded, examples.examples, objective=objective, batch_size=batch_size, goal=goal)
 
 
-def _base_of(adapter: str | Path | None) -> str | None:
-    """The base model that an adapter names; without an adapter none, which means the demo's."""
-    from agzo_edge.record.adapter import base_model_of
-    from agzo_edge.rundir import is_unfinished
+def _of_use(adapter: str | Path | None, settings: Mapping[str, Any], *, data_too: bool = False) -> RunConfig:
+    """The settings to use a model by: with an adapter, its run's below the given ones."""
+    from agzo_edge.loading import base_of, settings_of_run
 
-    if adapter is not None and is_unfinished(Path(adapter)):
-        raise AdapterError(
-            f"{adapter}: the run has not ended: go on with it by `train --resume-from-checkpoint`, or make the adapter "
-            f"of its steps so far with `agzo-edge replay {adapter}`"
-        )
-    return None if adapter is None else base_model_of(Path(adapter))
-
-
-def _of_run(adapter: str | Path | None, names: Collection[str]) -> dict[str, Any]:
-    """What the run that made an adapter says of these settings; nothing for an adapter from elsewhere."""
-    from agzo_edge.rundir import header_in
-
-    header = None if adapter is None else header_in(Path(adapter))
-    return {name: value for name, value in header["config"].items() if name in names} if header else {}
-
-
-def _loaded(config: RunConfig, adapter: str | Path | None) -> "EdgeModel":
-    """The model of `config`, inside its budget, with an adapter on it."""
-    from agzo_edge.model.branch import set_learned
-    from agzo_edge.model.load import load_model
-    from agzo_edge.model.setup import require_usable_device
-    from agzo_edge.preparation import on_adapters_layers
-    from agzo_edge.rundir import load_changes
-
-    changes = {} if adapter is None else load_changes(Path(adapter))
-    facts = model_facts(str(config.model))
-    config = on_adapters_layers(config.model_copy(update={"guide": "none", "target_modules": None}), changes, facts)
-    machine = machine_profile(config.profile)
-    require_usable_device(config, machine)
-    fitted = fitted_run(facts, config, machine)
-    loaded = load_model(str(config.model), fitted.config, trains=False)
-    set_learned(loaded.branches, changes)
-    return loaded
+    if adapter is None:
+        return resolve(settings)
+    base = settings["model"] or base_of(Path(adapter))
+    return resolve({**settings, "model": base}, of_run=settings_of_run(Path(adapter), data_too=data_too))
 
 
 def replay(

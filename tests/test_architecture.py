@@ -18,7 +18,7 @@ LAYERS = [
     {"events", "rundir"},
     {"footprint"},
     {"scalars", "account", "evaluations", "preparation", "rebuild"},
-    {"session"},
+    {"session", "loading"},
     {"api"},
     {"cli"},
     {"__main__"},

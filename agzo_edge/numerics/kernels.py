@@ -18,7 +18,7 @@ from agzo_edge.numerics import perturb as torch_perturb
 from agzo_edge.numerics.basis import NEGLIGIBLE, ROUNDING, starting_basis
 from agzo_edge.numerics.noise import Noise, draw_noise, guided_noise
 
-BLOCK_TOKENS, BLOCK_FEATURES = 32, 128  # 32 float32 sums for each of a program's 128 threads
+BLOCK_TOKENS, BLOCK_FEATURES = 16, 128  # 16 float32 sums a thread: with 32 registers spill from rank 8 on (sm_90)
 BLOCK_ENTRIES = 1024
 # Lengths change from step to step, and Triton would compile anew for ones, for multiples of 16 and for others.
 VARYING = ["rows", "tokens", "noise_stride", "row_stride", "token_stride", "rank_stride"]
