@@ -132,7 +132,7 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
     from agzo_edge.serve.generate import TextModel
 
     config = _of_use(adapter, {"model": model, **settings}).model_copy(update={"batch_size": 1, "micro_batch_size": 1})
-    return TextModel(loaded_model(config, Path(adapter) if adapter else None))
+    return TextModel(loaded_model(config, None if adapter is None else Path(adapter)))
 
 
 def evaluate(
@@ -154,7 +154,7 @@ def evaluate(
         raise ConfigError("there is nothing to evaluate on: name a file with --data")
     facts = model_facts(str(config.model))
     config = within_positions(config, facts)
-    loaded = loaded_model(config, Path(adapter) if adapter else None)
+    loaded = loaded_model(config, None if adapter is None else Path(adapter))
     examples = load_examples(
         str(config.eval_data or config.data),
         loaded.tokenizer,

@@ -65,7 +65,7 @@ def read_checkpoint(directory: Path, *, source: str) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     true_shapes: dict[str, tuple[int, int]] = {}
     faults = []
-    for file in _weight_files(directory, source=source):
+    for file in weight_files(directory, source=source):
         try:
             for name, tensor, start in _read_header(file):
                 tensors[name] = tensor
@@ -93,13 +93,19 @@ def read_json(file: Path, *, source: str) -> dict[str, Any]:
     return value
 
 
-def _weight_files(directory: Path, *, source: str) -> list[Path]:
-    """The safetensors files of a checkpoint, in the order transformers looks for them."""
+def weight_files(directory: Path, *, source: str) -> list[Path]:
+    """The safetensors files of a checkpoint, in the order transformers looks for them.
+
+    Raises ModelError when there is none, a shard is missing, or the index leads out of the directory.
+    """
     if (directory / SINGLE_FILE).exists():
         return [directory / SINGLE_FILE]
     if (directory / INDEX_FILE).exists():
         index = read_json(directory / INDEX_FILE, source=source)
-        return [directory / name for name in shard_names(index, source)]
+        names = shard_names(index, source)
+        if missing := [f"{name}: missing" for name in names if not (directory / name).is_file()]:
+            raise ModelError(f"{source}: broken checkpoint; download it again:\n{numbered(missing)}")
+        return [directory / name for name in names]
     others = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLED)
     if others:
         raise ModelError(

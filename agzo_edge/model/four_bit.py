@@ -1,7 +1,7 @@
 """A bitsandbytes NF4 or FP4 weight, dequantized into a buffer that is there already."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from typing import Any, Self
 
@@ -48,11 +48,16 @@ class FourBitWeight:
             yield "nested_absmax", self.state.state2.absmax
             yield "offset", self.state.offset
 
-    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
-        """The same weight, nibbles and scales elsewhere; the few numbers of code books and nested scales stay."""
+    def movable(self) -> tuple[Tensor, ...]:
+        """Nibbles and scales; the few numbers of code books and nested scales stay."""
+        return self.packed, self.state.absmax
+
+    def with_tensors(self, *tensors: Tensor) -> Self:
+        """The same weight elsewhere."""
+        packed, absmax = tensors
         state = copy(self.state)
-        state.absmax = place(state.absmax)
-        return type(self)(place(self.packed), state, dtype=state.dtype, workspace=self.workspace)
+        state.absmax = absmax
+        return type(self)(packed, state, dtype=state.dtype, workspace=self.workspace)
 
 
 def _dequantize_on_cpu(packed: Tensor, state: Any, weight: Tensor) -> None:

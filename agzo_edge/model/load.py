@@ -22,7 +22,7 @@ from agzo_edge.model.offload import place_embeddings, place_of, settle
 from agzo_edge.model.passes import PassContext
 from agzo_edge.model.pieces import let_mlps_work_in_pieces
 from agzo_edge.model.runtime import EdgeModel, attach_branches, require_guidable
-from agzo_edge.model.weights import HeldWeight, base_weight_of, linear_layers, quantized
+from agzo_edge.model.weights import HeldWeight, base_weight_of, linear_layers, quantized, rehoused
 from agzo_edge.model.workspace import Workspace
 from agzo_edge.writers import ALL_LINEAR, targets_among
 
@@ -99,7 +99,7 @@ def _replace_layers(
         if module is not head:  # which may be the embeddings, and is placed with them
             weight = quantized(weight, config, device=device, dtype=dtype, workspace=workspace)
             opened = name in targets and config.target == "dequantized"
-            weight = HeldWeight(weight, dtype=dtype) if opened else weight.rehoused(place)
+            weight = HeldWeight(weight, dtype=dtype) if opened else rehoused(weight, place)
         layer = BranchedLinear(weight, bias, context=context) if name in targets else FrozenLinear(weight, bias)
         network.set_submodule(name, layer)
     return any("Conv1D" in (type(m).__name__, getattr(m, "source_cls", nn.Linear).__name__) for m in layers.values())

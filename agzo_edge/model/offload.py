@@ -23,7 +23,7 @@ from agzo_edge.model.linear import FrozenLinear
 from agzo_edge.model.memory import give_back
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.stream import HostBlocks, HostHead, StreamedWeight, embed_on_host
-from agzo_edge.model.weights import HeldWeight
+from agzo_edge.model.weights import HeldWeight, rehoused
 
 Place = Callable[[Tensor], Tensor]
 
@@ -82,7 +82,7 @@ def settle(model: EdgeModel, config: RunConfig) -> None:
     if (before == "layers") != (config.offload == "layers"):
         place = place_of(model.device, outside=config.offload == "layers")
         for layer in movable_layers(model).values():
-            layer.base = layer.base.rehoused(place)
+            layer.base = rehoused(layer.base, place)
     if model.device.type != "cpu":
         fetch_from_host(model)
     give_back(model.device)
@@ -101,7 +101,7 @@ def place_embeddings(network: Any, place: Place) -> None:
         if isinstance(module, nn.Embedding):
             module.weight.data = move(module.weight.data)
     head = network.get_output_embeddings()
-    head.base = head.base.rehoused(move)
+    head.base = rehoused(head.base, move)
 
 
 def movable_layers(model: EdgeModel) -> dict[str, FrozenLinear]:

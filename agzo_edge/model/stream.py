@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -28,9 +28,7 @@ class HostBlock:
     """The stored tensors of one block's layers, one after another in one buffer of the host's memory."""
 
     def __init__(self, weights: Sequence[BaseWeight]) -> None:
-        parts: list[Tensor] = []
-        for weight in weights:
-            weight.rehoused(lambda tensor: parts.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        parts = [tensor for weight in weights for tensor in weight.movable()]
         ends = [0]
         for part in parts:
             ends.append(ends[-1] + -(-part.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
@@ -43,7 +41,7 @@ class HostBlock:
     def weights_in(self, buffer: Tensor, weights: Sequence[BaseWeight]) -> list[BaseWeight]:
         """The weights with their tensors in `buffer`, (bytes,) uint8, which holds the block's bytes."""
         views = self._views(buffer)
-        return [weight.rehoused(lambda _: next(views)) for weight in weights]
+        return [weight.with_tensors(*islice(views, len(weight.movable()))) for weight in weights]
 
     def _views(self, buffer: Tensor) -> Iterator[Tensor]:
         for start, dtype, shape in self.layout:
@@ -144,9 +142,13 @@ class StreamedWeight:
         """The tensors on the host."""
         return self.on_host.stored()
 
-    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Any:
-        """The weight where `place` puts it, no longer streamed."""
-        return self.on_host.rehoused(place)
+    def movable(self) -> tuple[Tensor, ...]:
+        """The tensors on the host."""
+        return self.on_host.movable()
+
+    def with_tensors(self, *tensors: Tensor) -> Any:
+        """The weight elsewhere, no longer streamed."""
+        return self.on_host.with_tensors(*tensors)
 
 
 class HostHead(FrozenLinear):

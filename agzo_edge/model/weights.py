@@ -37,8 +37,12 @@ class BaseWeight(Protocol):
         """The stored tensors by name, for hashing and counting."""
         ...
 
-    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
-        """The same weight, each stored tensor where `place` puts it."""
+    def movable(self) -> tuple[Tensor, ...]:
+        """The stored tensors that may be elsewhere."""
+        ...
+
+    def with_tensors(self, *tensors: Tensor) -> Self:
+        """The same weight with these tensors in the place of the movable ones."""
         ...
 
 
@@ -62,9 +66,13 @@ class DenseWeight:
         """The one tensor."""
         yield "weight", self.weight
 
-    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
+    def movable(self) -> tuple[Tensor, ...]:
+        """The one tensor."""
+        return (self.weight,)
+
+    def with_tensors(self, *tensors: Tensor) -> Self:
         """The same weight elsewhere."""
-        return type(self)(place(self.weight))
+        return type(self)(*tensors)
 
 
 class HeldWeight:
@@ -94,9 +102,13 @@ class HeldWeight:
         """What it was dequantized from, which stays as it is."""
         return self.origin.stored()
 
-    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
-        """Itself, with what it was dequantized from elsewhere: the weight is written to and stays."""
-        self.origin = self.origin.rehoused(place)
+    def movable(self) -> tuple[Tensor, ...]:
+        """What it was dequantized from: the weight is written to and stays."""
+        return self.origin.movable()
+
+    def with_tensors(self, *tensors: Tensor) -> Self:
+        """Itself, with what it was dequantized from elsewhere."""
+        self.origin = self.origin.with_tensors(*tensors)
         return self
 
     def add_(self, change: Tensor, random_bits: Tensor) -> None:
@@ -136,9 +148,18 @@ class EightBitWeight:
         yield "rows", self.rows
         yield "row_absmax", self.row_absmax
 
-    def rehoused(self, place: Callable[[Tensor], Tensor]) -> Self:
+    def movable(self) -> tuple[Tensor, ...]:
+        """The integers and the rows' scales."""
+        return self.rows, self.row_absmax
+
+    def with_tensors(self, *tensors: Tensor) -> Self:
         """The same weight elsewhere."""
-        return type(self)(place(self.rows), place(self.row_absmax), dtype=self.dtype, workspace=self.workspace)
+        return type(self)(*tensors, dtype=self.dtype, workspace=self.workspace)
+
+
+def rehoused(weight: BaseWeight, place: Callable[[Tensor], Tensor]) -> Any:
+    """The same weight, each of its movable tensors where `place` puts it."""
+    return weight.with_tensors(*map(place, weight.movable()))
 
 
 def quantized(
@@ -154,7 +175,7 @@ def quantized(
     if isinstance(weight, FourBitWeight):
         weight.state.to(device)  # the code book and nested scales too
     if not isinstance(weight, DenseWeight):
-        return weight.rehoused(lambda tensor: tensor.to(device))
+        return rehoused(weight, lambda tensor: tensor.to(device))
     if config.load_in_8bit:
         rows, row_absmax, _ = int8_vectorwise_quant(weight.dense().to(device, torch.float16).contiguous())
         return EightBitWeight(rows, row_absmax, dtype=dtype, workspace=workspace)

@@ -1,20 +1,18 @@
 """A base model's files, looked at without loading it: configuration, shapes of its layers, weight files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from agzo_edge.budget.headers import read_json
 from agzo_edge.errors import AdapterError, ModelError, numbered
 from agzo_edge.model.weights import base_weight_of, linear_layers
 from agzo_edge.record.adapter import LowRankPair
-from agzo_edge.record.strict_json import strict_object
 
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 TOKENIZER_NAMES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -38,7 +36,7 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class BaseFiles:
     """A base model's directory and what its config.json says."""
 
     source: str  # as the user named it
@@ -47,8 +45,8 @@ class Checkpoint:
     config: Any  # the same as a transformers configuration, with its defaults
 
 
-def open_checkpoint(source: str, *, with_weights: bool) -> Checkpoint:
-    """The checkpoint at `source`, a directory or a hub id; of the hub's files only those needed are fetched.
+def open_base(source: str, *, with_weights: bool) -> BaseFiles:
+    """The base model at `source`, a directory or a hub id; of the hub's files only those needed are fetched.
 
     Raises ModelError when there is none, or transformers does not know its configuration.
     """
@@ -57,12 +55,12 @@ def open_checkpoint(source: str, *, with_weights: bool) -> Checkpoint:
     directory = Path(source).expanduser()
     if not directory.is_dir():
         directory = _downloaded(source, with_weights=with_weights)
-    fields = _json_object(directory / CONFIG_NAME)
+    fields = read_json(directory / CONFIG_NAME, source=source)
     try:
         config = AutoConfig.from_pretrained(directory)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{source}: {CONFIG_NAME} cannot be used: {_first_line(error)}") from None
-    return Checkpoint(source, directory, fields, config)
+    return BaseFiles(source, directory, fields, config)
 
 
 def _downloaded(source: str, *, with_weights: bool) -> Path:
@@ -81,7 +79,7 @@ def _downloaded(source: str, *, with_weights: bool) -> Path:
         ) from None
 
 
-def linear_shapes(checkpoint: Checkpoint) -> dict[str, LinearShape]:
+def linear_shapes(base: BaseFiles) -> dict[str, LinearShape]:
     """The linear layers that a pair can be added to, by module path in the transformers model.
 
     The model is built without memory for its weights. A head that shares the embeddings' weight is left out:
@@ -91,10 +89,10 @@ def linear_shapes(checkpoint: Checkpoint) -> dict[str, LinearShape]:
 
     try:
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(checkpoint.config)
+            network = AutoModelForCausalLM.from_config(base.config)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{checkpoint.source}: no causal language model: {_first_line(error)}") from None
-    tied_head = network.get_output_embeddings() if is_tied(checkpoint.config) else None
+        raise ModelError(f"{base.source}: no causal language model: {_first_line(error)}") from None
+    tied_head = network.get_output_embeddings() if is_tied(base.config) else None
     shapes = {}
     for name, module in linear_layers(network).items():
         if module is not tied_head:
@@ -120,41 +118,6 @@ def refuse_misfits(pairs: Mapping[str, LowRankPair], shapes: Mapping[str, Linear
             faults.append(f"{name}: the pair is {change}, the layer {weight}")
     if faults:
         raise AdapterError(f"the adapter does not fit {source}; was it trained on another model?\n" + numbered(faults))
-
-
-def weight_files(checkpoint: Checkpoint) -> Sequence[Path]:
-    """The safetensors files that hold the weights, one or the shards of the index.
-
-    Raises ModelError when there is none, a shard is missing, or the index leads out of the directory.
-    """
-    directory = checkpoint.directory
-    if (single := directory / WEIGHTS_NAME).is_file():
-        return [single]
-    if not (index := directory / INDEX_NAME).is_file():
-        raise ModelError(f"{checkpoint.source}: no {WEIGHTS_NAME} and no {INDEX_NAME}: only safetensors is read")
-    weight_map = _json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index}: has no weight_map")
-    faults = []
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        # plain names only; a hub cache's files are links, so where they lead says nothing
-        if not name.endswith(".safetensors") or any(sign in name for sign in "/\\:\0"):
-            faults.append(f"{name[:200]!r}: no plain name of a safetensors file")
-        elif not (directory / name).is_file():
-            faults.append(f"{name}: missing")
-    if faults:
-        raise ModelError(f"{index}: these shards cannot be read:\n" + numbered(faults))
-    return [directory / name for name in names]
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelError(f"{path.parent}: no {path.name}: this is no transformers checkpoint")
-    try:
-        return strict_object(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {error}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -8,37 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agzo_edge.budget.headers import SINGLE_FILE
 from agzo_edge.config import config_from
 from agzo_edge.errors import ModelError
 from agzo_edge.model.linear import FrozenLinear
 from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.serve.checkpoint import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, is_tied
+from agzo_edge.serve.checkpoint import CONFIG_NAME, BaseFiles, is_tied
 from agzo_edge.serve.staging import staged
 from agzo_edge.serve.tensor_file import FLOATS, LazyTensor, stored_as, write_tensor_file
 
 
-def original_dtype(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> str:
+def original_dtype(base: BaseFiles, quantization: Mapping[str, Any]) -> str:
     """The type that the checkpoint was quantized from, or float32 where it does not say.
 
     Raises ModelError for a checkpoint that another method quantized.
     """
     if (method := quantization.get("quant_method", "bitsandbytes")) != "bitsandbytes":
         raise ModelError(
-            f"{checkpoint.source}: is quantized by {method}, and only bitsandbytes can be merged: "
+            f"{base.source}: is quantized by {method}, and only bitsandbytes can be merged: "
             "name the original checkpoint in 16 or 32 bit with --model"
         )
-    told = checkpoint.fields.get("dtype") or checkpoint.fields.get("torch_dtype")
+    told = base.fields.get("dtype") or base.fields.get("torch_dtype")
     return str(told) if told in FLOATS else "float32"
 
 
-def dequantized_tensors(checkpoint: Checkpoint) -> list[LazyTensor]:
+def dequantized_tensors(base: BaseFiles) -> list[LazyTensor]:
     """Every weight in float32 under the names of the transformers model.
 
     The model is held quantized, in the checkpoint's own bits; a layer is dequantized when its tensor is read.
     """
     settings = config_from({"device": "cpu", "dtype": "float32", "guide": "none"})
-    return model_tensors(load_model(str(checkpoint.directory), settings, trains=False))
+    return model_tensors(load_model(str(base.directory), settings, trains=False))
 
 
 def model_tensors(model: EdgeModel) -> list[LazyTensor]:
@@ -69,7 +70,7 @@ def save_dense_model(model: EdgeModel, directory: Path) -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     with staged(directory) as folder:
         tensors = [stored_as(tensor, model.dtype) for tensor in model_tensors(model)]
-        write_tensor_file(folder / WEIGHTS_NAME, tensors)
+        write_tensor_file(folder / SINGLE_FILE, tensors)
         (folder / CONFIG_NAME).write_text(json.dumps(fields | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
         model.network.generation_config.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)

@@ -16,7 +16,7 @@ from agzo_edge.record.adapter import (
 )
 from agzo_edge.record.card import model_card
 from agzo_edge.record.strict_json import strict_object
-from agzo_edge.serve.checkpoint import TOKENIZER_NAMES, Checkpoint, open_checkpoint
+from agzo_edge.serve.checkpoint import TOKENIZER_NAMES, BaseFiles, open_base
 from agzo_edge.serve.gguf_lora import gguf_lora, write_gguf
 from agzo_edge.serve.merge import planned_merge, write_merge
 from agzo_edge.serve.staging import refuse_occupied, staged
@@ -72,12 +72,12 @@ def _refuse_wrong_request(to: str, output: Path, dtype: str | None) -> None:
     refuse_occupied(output)
 
 
-def _base(adapter: Path, facts: Mapping[str, Any], source: str | None, *, with_weights: bool) -> Checkpoint:
+def _base(adapter: Path, facts: Mapping[str, Any], source: str | None, *, with_weights: bool) -> BaseFiles:
     """The base model that the user names, or else the adapter."""
     source = source or facts.get("base_model_name_or_path")
     if not source:
         raise ModelError(f"{adapter}: names no base model: give its directory or hub id with --model")
-    return open_checkpoint(str(source), with_weights=with_weights)
+    return open_base(str(source), with_weights=with_weights)
 
 
 def _write_peft(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from agzo_edge.errors import ModelError, UsageError, numbered
 from agzo_edge.record.adapter import LowRankPair
-from agzo_edge.serve.checkpoint import Checkpoint, linear_shapes, refuse_misfits
+from agzo_edge.serve.checkpoint import BaseFiles, linear_shapes, refuse_misfits
 
 # transformers' model_type: llama.cpp's architecture. Those whose layers keep their names, shapes and order in
 # llama.cpp's converter (conversion/{llama,qwen,gemma,phi}.py), apart from the rotation below.
@@ -35,29 +35,29 @@ class GgufLora:
     pairs: Mapping[str, LowRankPair]  # by tensor name in llama.cpp's model
 
 
-def gguf_lora(checkpoint: Checkpoint, pairs: Mapping[str, LowRankPair]) -> GgufLora:
+def gguf_lora(base: BaseFiles, pairs: Mapping[str, LowRankPair]) -> GgufLora:
     """The adapter for llama.cpp's form of the checkpoint, of which only config.json is read.
 
     Raises UsageError without the gguf package, ModelError for an architecture that is not known to keep its
     layers there, AdapterError when the adapter does not fit.
     """
     gguf = _gguf_package()
-    kind = checkpoint.config.model_type
+    kind = base.config.model_type
     if kind not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
         raise ModelError(
-            f"{checkpoint.source}: is a {kind} model: gguf is written for {known}; use --to merged and "
+            f"{base.source}: is a {kind} model: gguf is written for {known}; use --to merged and "
             "llama.cpp's own converter"
         )
-    refuse_misfits(pairs, linear_shapes(checkpoint), source=checkpoint.source)
+    refuse_misfits(pairs, linear_shapes(base), source=base.source)
     architecture = _ARCHITECTURES[kind]
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(numbers[architecture], checkpoint.config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(numbers[architecture], base.config.num_hidden_layers)
     named = {module: names.get_name(f"{module}.weight", try_suffixes=(".weight",)) for module in pairs}
     if unknown := [module for module, name in named.items() if name is None]:
-        raise ModelError(f"{checkpoint.source}: llama.cpp's {architecture} lacks these layers:\n" + numbered(unknown))
+        raise ModelError(f"{base.source}: llama.cpp's {architecture} lacks these layers:\n" + numbered(unknown))
     if architecture == _INTERLEAVED:
-        pairs = {module: _reordered(module, pair, checkpoint.config) for module, pair in pairs.items()}
+        pairs = {module: _reordered(module, pair, base.config) for module, pair in pairs.items()}
     return GgufLora(architecture, {str(named[module]): pair for module, pair in pairs.items()})
 
 

@@ -10,18 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agzo_edge.budget.headers import INDEX_FILE, SINGLE_FILE, weight_files
 from agzo_edge.errors import ModelError, numbered
 from agzo_edge.record.adapter import LowRankPair
 from agzo_edge.serve.checkpoint import (
     CONFIG_NAME,
-    INDEX_NAME,
     TOKENIZER_NAMES,
-    WEIGHTS_NAME,
-    Checkpoint,
+    BaseFiles,
     LinearShape,
     linear_shapes,
     refuse_misfits,
-    weight_files,
 )
 from agzo_edge.serve.dequantized import dequantized_tensors, original_dtype
 from agzo_edge.serve.tensor_file import FLOATS, LazyTensor, lazy_tensors, stored_as, write_tensor_file
@@ -34,31 +32,31 @@ _COPIED = ("generation_config.json", *TOKENIZER_NAMES)
 class Merge:
     """A merged checkpoint that is yet to be written."""
 
-    checkpoint: Checkpoint
+    base: BaseFiles
     shards: Mapping[str, Sequence[LazyTensor]]  # by file name
     dtype: str | None  # what every floating tensor is stored as; None keeps the checkpoint's
 
 
-def planned_merge(checkpoint: Checkpoint, pairs: Mapping[str, LowRankPair], *, dtype: str | None) -> Merge:
+def planned_merge(base: BaseFiles, pairs: Mapping[str, LowRankPair], *, dtype: str | None) -> Merge:
     """The checkpoint with b @ a added to its layers, in float32 and rounded once; nothing is computed yet.
 
     A checkpoint in 16 or 32 bit is read from its own files. One saved by bitsandbytes is loaded as it is
     and dequantized layer by layer. Raises AdapterError when the adapter does not fit, ModelError when the
     weights cannot be read or are quantized in another way.
     """
-    shapes = linear_shapes(checkpoint)
-    refuse_misfits(pairs, shapes, source=checkpoint.source)
+    shapes = linear_shapes(base)
+    refuse_misfits(pairs, shapes, source=base.source)
     shards: Mapping[str, Sequence[LazyTensor]]
-    if quantization := checkpoint.fields.get("quantization_config"):
-        dtype = dtype or original_dtype(checkpoint, quantization)
-        shards = {WEIGHTS_NAME: dequantized_tensors(checkpoint)}
+    if quantization := base.fields.get("quantization_config"):
+        dtype = dtype or original_dtype(base, quantization)
+        shards = {SINGLE_FILE: dequantized_tensors(base)}
     else:
-        shards = {path.name: lazy_tensors(path) for path in weight_files(checkpoint)}
-    changes = _changes(checkpoint, pairs, shapes, [tensor for shard in shards.values() for tensor in shard])
+        shards = {path.name: lazy_tensors(path) for path in weight_files(base.directory, source=base.source)}
+    changes = _changes(base, pairs, shapes, [tensor for shard in shards.values() for tensor in shard])
     merged = {
         file: [_merged(tensor, changes.get(tensor.name), dtype) for tensor in shard] for file, shard in shards.items()
     }
-    return Merge(checkpoint, merged, dtype)
+    return Merge(base, merged, dtype)
 
 
 def write_merge(directory: Path, merge: Merge) -> None:
@@ -68,11 +66,11 @@ def write_merge(directory: Path, merge: Merge) -> None:
     """
     for file, shard in merge.shards.items():
         write_tensor_file(directory / file, shard)
-    if set(merge.shards) != {WEIGHTS_NAME}:
-        _write_json(directory / INDEX_NAME, _index(merge.shards))
+    if set(merge.shards) != {SINGLE_FILE}:
+        _write_json(directory / INDEX_FILE, _index(merge.shards))
     _write_json(directory / CONFIG_NAME, _config_fields(merge))
     for name in _COPIED:
-        if (file_path := merge.checkpoint.directory / name).is_file():
+        if (file_path := merge.base.directory / name).is_file():
             shutil.copyfile(file_path, directory / name)
 
 
@@ -88,7 +86,7 @@ class _Change:
 
 
 def _changes(
-    checkpoint: Checkpoint,
+    base: BaseFiles,
     pairs: Mapping[str, LowRankPair],
     shapes: Mapping[str, LinearShape],
     tensors: Sequence[LazyTensor],
@@ -106,7 +104,7 @@ def _changes(
         else:
             changes[names[0]] = _Change(pair, shapes[module].transposed)
     if faults:
-        raise ModelError(f"{checkpoint.source}: the adapter cannot be merged into it:\n" + numbered(faults))
+        raise ModelError(f"{base.source}: the adapter cannot be merged into it:\n" + numbered(faults))
     return changes
 
 
@@ -138,7 +136,7 @@ def _merged(tensor: LazyTensor, change: _Change | None, dtype: str | None) -> La
 
 def _config_fields(merge: Merge) -> dict[str, Any]:
     """config.json of the merged checkpoint."""
-    fields = {name: value for name, value in merge.checkpoint.fields.items() if name != "quantization_config"}
+    fields = {name: value for name, value in merge.base.fields.items() if name != "quantization_config"}
     if merge.dtype:
         fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = merge.dtype
     return fields

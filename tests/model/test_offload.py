@@ -17,6 +17,7 @@ from agzo_edge.model.memory import anonymous_bytes
 from agzo_edge.model.offload import MappedFile, settle
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.stream import HostBlocks, HostHead, block_of, embed_on_host, pinned_bytes
+from agzo_edge.model.weights import rehoused
 from agzo_edge.units import MIB
 
 WIDTHS = {
@@ -146,7 +147,7 @@ def test_streamed_layers_come_back_whole(width: str) -> None:
     hash_before = tiny_model("llama", **WIDTHS[width]).base_sha256()
     assert model.base_sha256() == hash_before
     for layer in model.frozen_layers.values():
-        layer.base = layer.base.rehoused(torch.clone)
+        layer.base = rehoused(layer.base, torch.clone)
     assert model.base_sha256() == hash_before
 
 
