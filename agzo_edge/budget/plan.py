@@ -69,8 +69,11 @@ def in_pieces(config: RunConfig, plan: MemoryPlan, predict: Predict) -> InPieces
     return None
 
 
-def require_fits(plan: MemoryPlan) -> None:
-    """Return only when the plan fits. Raises BudgetError with the need, the limit, and what to try."""
+def require_fits(plan: MemoryPlan, *, in_smallest_pieces: int | None = None) -> None:
+    """Return only when the plan fits. Raises BudgetError with the need, the limit, and what to try.
+
+    `in_smallest_pieces` are the bytes of the device that the ladder's smallest rung takes.
+    """
     if plan.fits:
         return
     where, need_bytes, limit_bytes = next(place for place in plan.limits if place[1] > place[2])
@@ -82,8 +85,11 @@ def require_fits(plan: MemoryPlan) -> None:
             f"{need} on the disk of its output directory, and {format_bytes(limit_bytes)} are free. The largest "
             f"parts:\n{numbered(largest)}\nMake room, or choose another --output-dir"
         )
+    pieces = ""
+    if where == "device" and in_smallest_pieces is not None:
+        pieces = f", {format_bytes(in_smallest_pieces)} in the smallest pieces"
     raise BudgetError(
-        f"{need} of {where} memory, and profile '{plan.profile_name}' with its limits allows "
+        f"{need} of {where} memory{pieces}, and profile '{plan.profile_name}' with its limits allows "
         f"{format_bytes(limit_bytes)}. The largest parts:\n{numbered(largest)}\n{_remedy(plan, limit_bytes)}"
     )
 
@@ -111,13 +117,14 @@ def fitted_run(facts: ModelFacts, config: RunConfig, profile: Profile, *, data: 
     """
     predict = partial(predicted_memory, facts, profile=profile, data=data)
     asked = predict(config)
+    tried = [Rung(rung, predict(rung)) for rung in ladder(config, row_tokens=asked.row_tokens)]
     rungs: list[Rung] = []
-    for rung in ladder(config, row_tokens=asked.row_tokens):
-        plan = predict(rung)
-        if plan.fits and (not rungs or plan.device_bytes < rungs[-1].plan.device_bytes):
-            rungs.append(Rung(rung, plan))
+    for rung in tried:
+        if rung.plan.fits and (not rungs or rung.plan.device_bytes < rungs[-1].plan.device_bytes):
+            rungs.append(rung)
     if not rungs:
-        require_fits(memory_plan(facts, config, profile, data=data))
+        smallest = min(rung.plan.device_bytes for rung in tried)
+        require_fits(memory_plan(facts, config, profile, data=data), in_smallest_pieces=smallest)
         raise AssertionError("a plan that does not fit was let through")
     fitted = rungs[0]
     notes = asked.notes
