@@ -73,7 +73,8 @@ def plan(
     """
     config = resolve({"model": model, **settings}, config_file=config_file, preset=preset)
     facts = model_facts(str(config.model))
-    facts.require_trainable(config.target_modules)
+    if config.adapter is None:  # which would bring its own layers
+        facts.require_trainable(config.target_modules)
     return memory_plan(facts, config, machine_profile(config.profile))
 
 
@@ -90,7 +91,8 @@ def sweep(
     """
     config = resolve({"model": model, **settings}, config_file=config_file, preset=preset)
     facts = model_facts(str(config.model))
-    facts.require_trainable(config.target_modules)
+    if config.adapter is None:  # which would bring its own layers
+        facts.require_trainable(config.target_modules)
     return memory_sweep(facts, config, machine_profile(config.profile))
 
 
@@ -149,16 +151,15 @@ def evaluate(
     from agzo_edge.train.goal import goal_of
     from agzo_edge.train.reward import refused_as_data
 
-    config = _of_use(adapter, {"model": model, "data": data, **settings}, data_too=settings.get("objective") is None)
+    config = _of_use(adapter, {"model": model, "data": data, **settings}, data_too=True)
     if config.data is None and config.eval_data is None:
         raise ConfigError("there is nothing to evaluate on: name a file with --data")
     facts = model_facts(str(config.model))
-    config = within_positions(config, facts)
     loaded = loaded_model(config, None if adapter is None else Path(adapter))
     examples = load_examples(
         str(config.eval_data or config.data),
         loaded.tokenizer,
-        config,
+        within_positions(config, facts),
         split="validation" if config.eval_data else "test",
         facts=facts,
     )
@@ -174,8 +175,9 @@ def _of_use(adapter: str | Path | None, settings: Mapping[str, Any], *, data_too
 
     if adapter is None:
         return resolve(settings)
-    base = settings["model"] or base_of(Path(adapter))
-    return resolve({**settings, "model": base}, of_run=settings_of_run(Path(adapter), data_too=data_too))
+    base = base_of(Path(adapter))
+    of_run = settings_of_run(Path(adapter), settings, data_too=data_too)
+    return resolve({**settings, "model": settings["model"] or base}, of_run=of_run)
 
 
 def replay(

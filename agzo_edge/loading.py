@@ -1,5 +1,6 @@
 """A model to be used: with an adapter, on the base that it was trained on and as that was held, inside its budget."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,6 @@ from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import model_facts
 from agzo_edge.budget.plan import fitted_run
 from agzo_edge.config import HELD_BY, RunConfig
-from agzo_edge.data_config import DataConfig
 from agzo_edge.errors import AdapterError
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.load import load_model
@@ -15,7 +15,14 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.setup import require_usable_device
 from agzo_edge.preparation import on_adapters_layers
 from agzo_edge.record.adapter import base_model_of
-from agzo_edge.rundir import header_in, is_unfinished, load_changes
+from agzo_edge.rundir import is_unfinished, load_changes, settings_in
+
+# Settings by which a run makes rows and scores them.
+_OF_ROWS = (
+    *("objective", "prompt_template", "completion_template", "options", "labels", "answer_field", "line_pattern"),
+    *("train_on", "mask_prompt", "max_seq_length", "overlong", "preference_loss", "beta"),
+    *("reward", "reward_argument", "reward_timeout_s", "max_new_tokens", "temperature"),
+)
 
 
 def base_of(adapter: Path) -> str | None:
@@ -28,16 +35,27 @@ def base_of(adapter: Path) -> str | None:
     return base_model_of(adapter)
 
 
-def settings_of_run(adapter: Path, *, data_too: bool) -> dict[str, Any]:
+def settings_of_run(adapter: Path, given: Mapping[str, Any], *, data_too: bool) -> dict[str, Any]:
     """How the run that made an adapter held its base, and, with `data_too`, made and scored its rows.
 
-    Nothing for an adapter from elsewhere. Raises AdapterError for a damaged journal.
+    Nothing for an adapter from elsewhere, and nothing that `given` settings replace. Raises AdapterError where the run
+    was scored by Python code: an adapter, which may be anybody's, does not say what code is run.
     """
-    header = header_in(adapter)
-    if header is None:
-        return {}
-    names = {*HELD_BY, *(DataConfig.model_fields.keys() - {"data", "eval_data"} if data_too else ())}
-    return {name: value for name, value in header["config"].items() if name in names}
+    settings = settings_in(adapter)
+    given = {name: value for name, value in given.items() if value is not None}
+    names: set[str] = set()
+    if not {"load_in_4bit", "load_in_8bit"} & given.keys():
+        names |= {*HELD_BY}
+    if data_too and "objective" not in given:
+        names |= {*_OF_ROWS} - ({"labels"} if "options" in given else set())
+    taken = {name: value for name, value in settings.items() if name in names}
+    reward = taken.get("reward")
+    if isinstance(reward, str) and ":" in reward and "reward" not in given:
+        raise AdapterError(
+            f"{adapter}: its run was rewarded by {reward}, code that is run only when you name it: --objective reward "
+            f"--reward {reward}"
+        )
+    return taken
 
 
 def loaded_model(config: RunConfig, adapter: Path | None) -> EdgeModel:

@@ -26,7 +26,7 @@ from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.record.adapter import CONFIG_NAME, LowRankPair, load_adapter, save_adapter
 from agzo_edge.record.bases import save_bases
 from agzo_edge.record.files import aside, atomic_write_bytes, atomic_write_text, sync_directory, writing
-from agzo_edge.record.journal import Journal, JournalWriter, read_journal
+from agzo_edge.record.journal import Journal, JournalWriter, read_header, read_journal
 from agzo_edge.record.lock import LOCK_NAME
 from agzo_edge.record.strict_json import strict_object
 from agzo_edge.record.tensors import checked_bytes
@@ -235,14 +235,13 @@ def is_unfinished(directory: Path) -> bool:
     return (directory / JOURNAL_NAME).is_file() and not (directory / CONFIG_NAME).is_file()
 
 
-def header_in(directory: Path) -> Mapping[str, Any] | None:
-    """The journal's header of the run that made the adapter in `directory`, or in a folder of the run's; else None.
-
-    Raises AdapterError for a damaged journal.
-    """
+def settings_in(directory: Path) -> Mapping[str, Any]:
+    """The settings of the run that made the adapter in `directory`, or in a folder of the run's; none where unknown."""
     journals = (place / JOURNAL_NAME for place in (directory, directory.absolute().parent))
     found = next((path for path in journals if path.is_file()), None)
-    return None if found is None else read_journal(found).header
+    header = None if found is None else read_header(found)
+    settings = header.get("config") if header else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def read_run(directory: Path) -> Journal:

@@ -37,7 +37,7 @@ from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_model
 from agzo_edge.model.memory import expect_outside_torch
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.preparation import on_adapters_layers, planned_run, run_data, within_positions
+from agzo_edge.preparation import on_adapters_layers, planned_run, run_data
 from agzo_edge.rebuild import bring_up_to
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.record.lock import RunLock
@@ -87,12 +87,11 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     if not resume:
         require_unused(out)
     facts = model_facts(str(config.model))  # first of all: a model that is not there is refused at once
-    facts.require_trainable(config.target_modules)
-    config = within_positions(config, facts)
-    data, held_out = run_data(config, facts)
-    yield DataReady(data.report, held_out.report if held_out else None, data.sample)
     changes = load_changes(Path(config.adapter)) if config.adapter else {}
     config = on_adapters_layers(config, changes, facts)
+    facts.require_trainable(config.target_modules)
+    data, held_out = run_data(config, facts)
+    yield DataReady(data.report, held_out.report if held_out else None, data.sample)
     planned = planned_run(config, facts, [part for part in (data, held_out) if part], to_know=to_know)
     yield planned
     config = planned.config
@@ -137,7 +136,7 @@ class _Session:
         """A run from its first step."""
         yield self._ready(0)
         with refused_as_data():
-            yield from self._rehearsed()
+            yield from self._rehearsed(0)
             self.guard.run(partial(require_finite, self.model, self.account.data, goal=self.goal))
             yield from self.evaluations.made(0)
         answers = self._answers()
@@ -169,7 +168,7 @@ class _Session:
             discard_halves(self.out)
             self.account.evaluations.update(kept_evaluations(self.out))
             self.account.take_records(begun.records)
-            yield from self._rehearsed()
+            yield from self._rehearsed(begun.next_step)
             learner = Learner(self.model.branches, self.config)
             first_step = bring_up_to(learner, self.out, begun)
             yield self._ready(first_step)
@@ -185,6 +184,7 @@ class _Session:
         """The steps from the journal's end on; a stop asked for in between leaves a checkpoint."""
         done = journal.next_step
         save_best = partial(self._save_best, learner, header)
+        rate_factor = learner.rate_factor  # as the journal tells it
         if done == 0 and self.config.adapter:  # a replay must know what the run began with
             save_checkpoint(self.out, learner, header, step=0, card=self.account.card())
         if self.evaluations.say_stop():
@@ -201,6 +201,7 @@ class _Session:
                 last_loss=self.account.last_loss,
             ):
                 keep_step(self.out, journal, timed, learner)
+                rate_factor = learner.rate_factor
                 self.account.take(timed)
                 begun_at, done = done, timed.record.step + 1  # before anything is told: whoever listens may end the run
                 yield from (Moved(begun_at, what) for what in timed.moves)
@@ -216,7 +217,8 @@ class _Session:
                 if _is_due(done, self.config.save_steps) and done < self.config.max_steps:
                     yield Saved(done, save_checkpoint(self.out, learner, header, step=done, card=self.account.card()))
         except (GeneratorExit, BudgetBrokenError, DataError):  # the last: of a row that nobody had looked at
-            save_checkpoint(self.out, learner, header, step=done, card=self.account.card())
+            if learner.rate_factor == rate_factor:  # else it has gone back for a step that failed, and no line says so
+                save_checkpoint(self.out, learner, header, step=done, card=self.account.card())
             raise
 
     def _finished(self, learner: Learner, header: Mapping[str, Any], answers: list[str]) -> Generator[Event]:
@@ -237,10 +239,10 @@ class _Session:
         write_report(self.out, report)
         yield Finished(Run(self.out, self.account.before, self.account.after, report))
 
-    def _rehearsed(self) -> Generator[Event]:
+    def _rehearsed(self, first_step: int) -> Generator[Event]:
         """The worst batch first: what it moves to a lower rung is told."""
         rehearse(self.model, self.account.data, guard=self.guard, goal=self.goal)
-        yield from (Moved(0, what) for what in self.guard.take_moves())
+        yield from (Moved(first_step, what) for what in self.guard.take_moves())
 
     def _ready(self, first_step: int) -> ModelReady:
         return ModelReady(

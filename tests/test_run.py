@@ -20,8 +20,10 @@ from agzo_edge import demo
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import AdapterError, BudgetBrokenError, BudgetError, ConfigError
 from agzo_edge.events import Evaluated, Event, Finished, Moved, Planned, Saved, Stepped, WentBack
+from agzo_edge.record.journal import JournalWriter, read_journal
 from agzo_edge.session import training
 from agzo_edge.train.guard import Guard
+from agzo_edge.train.step import agzo_step
 
 STEPS = 9  # three windows of four, the last one open
 
@@ -181,6 +183,50 @@ def test_an_adapter_is_used_on_its_base_as_it_was_held_and_scored_by_its_runs_ob
     model = agzo_edge.load(adapter=tmp_path / "run" / "best").model
     assert model.quantization == "none"
     assert agzo_edge.load(adapter=tmp_path / "run", load_in_8bit=True).model.quantization == "int8"
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "Ahoy there, matey!"}\n')
+    assert agzo_edge.evaluate(data=str(text), adapter=tmp_path / "run", objective="lm").accuracy is None
+
+
+def test_an_adapter_does_not_say_what_code_is_run(whole_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    header = dict(read_journal(run_dir / "journal.jsonl").header)
+    header["config"] |= {"objective": "reward", "reward": "os:system", "early_stopping_patience": 3}
+    (run_dir / "journal.jsonl").unlink()
+    with JournalWriter.create(run_dir / "journal.jsonl", header):
+        pass
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "touch ' + str(tmp_path / "ran") + '"}\n')
+    with pytest.raises(AdapterError, match="os:system, code that is run only when you name it"):
+        agzo_edge.evaluate(data=str(data), adapter=run_dir)
+    assert not (tmp_path / "ran").exists()
+    (run_dir / "journal.jsonl").write_bytes(b"damaged\n")  # the adapter itself is sound
+    assert agzo_edge.load(adapter=run_dir).model.quantization == "nf4"
+
+
+def test_a_run_that_went_back_for_a_step_that_failed_goes_on_as_if_it_had_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = trained(tmp_path / "whole", **RUINOUS)
+    went_back = next(event.step for event in events if isinstance(event, WentBack))
+    asked = []
+
+    def breaks(*arguments: object, **named: object) -> object:
+        asked.append(named["step"])
+        if named["step"] == went_back:
+            raise BudgetBrokenError("no memory")
+        return agzo_step(*arguments, **named)
+
+    out = tmp_path / "broken"
+    with monkeypatch.context() as patched:
+        patched.setattr("agzo_edge.train.loop.agzo_step", breaks)
+        with pytest.raises(BudgetBrokenError):
+            trained(out, **RUINOUS, on_overflow="fail")
+    assert asked[-1] == went_back
+    trained(out, resume=True, **RUINOUS, on_overflow="fail")
+    agzo_edge.replay(out, output=tmp_path / "replayed")
+    assert adapter_of(out) == adapter_of(tmp_path / "replayed") == adapter_of(tmp_path / "whole")
 
 
 def test_an_adapter_of_a_run_that_has_not_ended_is_no_adapter_yet(tmp_path: Path) -> None:

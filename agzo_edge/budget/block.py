@@ -12,7 +12,11 @@ MlpStyle = Literal["plain", "gated", "fused gate", "written out"]
 _WRITTEN_OUT = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")  # temporaries instead of one kernel
 _FUSED_QKV = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 _POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
-_EAGER = ("bloom", "codegen", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt", "xglm")  # no fused attention
+# Without fused attention in transformers 5.23: some add biases or sinks that its kernels do not know.
+_EAGER = (
+    *("bloom", "codegen", "deepseek_v4", "flint", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj"),
+    *("granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash", "mpt", "xglm"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from agzo_edge.budget.block import Block, block_of
 from agzo_edge.budget.headers import QUANT_STATE, Checkpoint, StoredTensor
 from agzo_edge.budget.hub import open_checkpoint
+from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, numbered
 from agzo_edge.writers import ALL_LINEAR, is_in_state_space, targets_among, writes_to_residual
 
@@ -97,8 +98,12 @@ class ModelFacts:
             raise ModelError(f"{self.source}: no layer matches {', '.join(missing)}; there are {self._kinds}")
         return {name: shape for name, shape in self.linears.items() if name in chosen}
 
+    def room_for(self, config: RunConfig) -> int | None:
+        """Tokens that a row of a run may have beside those written after it; None where the model does not say."""
+        return None if self.positions is None else max(2, self.positions - config.written_tokens)
+
     def require_trainable(self, wanted: Sequence[str] | None) -> None:
-        """Raise ModelError for a model of experts where the layers to train are not named, or none is known by name."""
+        """Raise ModelError for a model of experts where the layers to train are not named."""
         if self.has_experts and (not wanted or ALL_LINEAR in wanted):
             raise ModelError(
                 f"{self.source}: routes tokens to experts, whose fused weights AGZO cannot adapt. Name the layers to "

@@ -154,7 +154,7 @@ def _notes(job: Job) -> Iterator[str]:
     """What of the settings does not take effect, and why."""
     facts, config = job.facts, job.config
     if facts.positions is not None and config.max_seq_length > facts.positions:
-        yield f"--max-seq-length {config.max_seq_length} is more than the model's {facts.positions} positions"
+        yield f"rows have {facts.positions:,} tokens at most: the model has no more positions"
     if facts.has_state_space:
         yield "what its state-space mixers keep while they scan is not counted: the peak may be higher (measured: 29 %)"
     if facts.stored_as == "dense":

@@ -86,7 +86,7 @@ def require_fits(plan: MemoryPlan, *, in_smallest_pieces: int | None = None) -> 
             f"parts:\n{numbered(largest)}\nMake room, or choose another --output-dir"
         )
     pieces = ""
-    if where == "device" and in_smallest_pieces is not None:
+    if where == "device" and in_smallest_pieces is not None and limit_bytes < in_smallest_pieces < need_bytes:
         pieces = f", {format_bytes(in_smallest_pieces)} in the smallest pieces"
     raise BudgetError(
         f"{need} of {where} memory{pieces}, and profile '{plan.profile_name}' with its limits allows "

@@ -64,8 +64,8 @@ def repeated_attention(
     """transformers' attention with a copy of its keys and values for each query head, which every kernel takes."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    sharing = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(sharing, dim=1), value.repeat_interleave(sharing, dim=1)
+    if (sharing := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(sharing, dim=1), value.repeat_interleave(sharing, dim=1)
     attended: Tensor = sdpa_attention_forward(nn.Module(), query, key, value, attention_mask, **others)[0]
     return attended, None
 

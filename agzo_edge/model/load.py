@@ -151,20 +151,17 @@ def _pretrained(source: str, config: RunConfig, *, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _quiet_loader() -> Iterator[None]:
-    """Inside, transformers shows no bars, warnings or tables: what they tell of is checked afterwards."""
+    """Inside, transformers gives no warnings and shows no tables: what they tell of is checked afterwards."""
     from transformers.utils import logging
 
-    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(verbosity)
-        if shows_bars:
-            logging.enable_progress_bar()
 
 
 def _renew_buffers(network: Any, dtype: torch.dtype) -> None:

@@ -180,6 +180,11 @@ def return_what_is_freed() -> None:
         libc.mallopt(_M_ARENA_MAX, 1)  # a heap for each thread would keep what the loader's threads freed
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation has failed."""
+    return isinstance(error, MemoryError) or _ALLOCATION_FAILED.search(str(error)) is not None
+
+
 @contextmanager
 def capped(device: torch.device, limit_bytes: int) -> Iterator[None]:
     """Inside, an allocation that would pass `limit_bytes` fails, and comes out as BudgetBrokenError.
@@ -192,7 +197,7 @@ def capped(device: torch.device, limit_bytes: int) -> Iterator[None]:
         try:
             yield
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            if isinstance(error, MemoryError) or _ALLOCATION_FAILED.search(str(error)):
+            if is_out_of_memory(error):
                 raise BudgetBrokenError(str(error).strip().split("\n")[0] or "out of memory") from error
             raise
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from agzo_edge.errors import ModelError
 from agzo_edge.model.branch import Branch, InputGroup, make_branches
 from agzo_edge.model.linear import BranchedLinear, FrozenLinear
+from agzo_edge.model.memory import is_out_of_memory
 from agzo_edge.model.passes import PassContext, Refresh
 from agzo_edge.model.weights import HeldWeight
 from agzo_edge.units import MIB
@@ -198,9 +199,10 @@ def _layer_inputs(model: EdgeModel) -> dict[str, Tensor]:
             ids[:, -1] += 1
             before_last = model.hidden_states(ids)[:, :-1]
     except (RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
-        raise ModelError(f"{model.source}: its own forward pass fails: {str(error).strip().splitlines()[0]}") from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{model.source}: its own forward pass fails: {said}") from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -145,6 +145,17 @@ def read_journal(path: Path) -> Journal:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def read_header(path: Path) -> dict[str, Any] | None:
+    """The header of the journal at `path` and nothing else of it; None where it is damaged or of another version."""
+    with path.open("rb") as stream:
+        line = stream.readline(MAX_LINE_BYTES + 1)
+    try:
+        fields = _fields(line, str(path))
+        return None if fields is None else _checked_header(fields, str(path))[0]
+    except AdapterError:
+        return None
+
+
 def _journal(stream: BinaryIO, path: Path) -> Journal:
     header: dict[str, Any] | None = None
     records: list[dict[str, Any]] = []

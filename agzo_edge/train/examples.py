@@ -42,7 +42,7 @@ def load_examples(
         tally.add(row.place, made)
         if made.example is not None:
             examples.append(made.example)
-    if fault := tally.complaint(limit, positions=facts.positions if facts else None):
+    if fault := tally.complaint(limit, room_tokens=facts.room_for(config) if facts else None):
         raise DataError(f"{source}: {fault}")
     report = tally.report(maker.format, padding=_padding(examples, config, split=split))
     return ExampleSet(examples, report, _sha256(examples), sample_of(examples[0], tokenizer))

@@ -51,8 +51,8 @@ class Guard:
     def run(self, work: Callable[[RunConfig], T]) -> T:
         """What `work` gives on the rung that fits now.
 
-        `work` may be called again, and must leave nothing behind when it raises BudgetBrokenError. When even the
-        lowest rung does not fit, that error comes out, or BudgetError before the first step.
+        `work` may be called again, and must leave nothing behind when it raises BudgetBrokenError. Raises that when
+        even the lowest rung does not fit, or BudgetError before the first step.
         """
         self._look_around()
         while True:

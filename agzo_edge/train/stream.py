@@ -75,7 +75,7 @@ def streamed_examples(
         if line not in tokens:  # a dropped line may have brought it up before
             tally.add(index.place(line), made)
             tokens[line] = longest_tokens(made.example.rows) if made.example else 0
-    if fault := tally.complaint(config.max_seq_length, positions=facts.positions if facts else None):
+    if fault := tally.complaint(config.max_seq_length, room_tokens=facts.room_for(config) if facts else None):
         raise DataError(f"{path}: {fault}")
     padding = _padding(tokens, index, config)
     report = tally.report(examples.maker.format, padding=padding, lines_in_file=len(index))

@@ -60,13 +60,13 @@ class Tally:
         """The examples that take most of a pass, the largest last."""
         return tuple(example for _, _, example in sorted(self._largest, key=lambda entry: entry[:2]))
 
-    def complaint(self, limit_tokens: int, *, positions: int | None = None) -> str:
-        """Why these rows cannot be trained on; empty when they can. `positions` are those of the model."""
+    def complaint(self, limit_tokens: int, *, room_tokens: int | None = None) -> str:
+        """Why these rows cannot be trained on; empty when they can. The model has `room_tokens` for a row."""
         if self.faults:
             counted = f"{sum(map(len, self.faults.values())):,} of {self.rows_seen:,} rows cannot be used"
             advice = f"\nlonger rows: --max-seq-length {self.longest_tokens}, or --overlong truncate or drop"
-            if positions is not None and self.longest_tokens > positions:
-                advice = f"\nthe model has {positions:,} positions: --overlong truncate or drop"
+            if room_tokens is not None and self.longest_tokens > room_tokens:
+                advice = f"\nthe model has positions for {room_tokens:,} tokens: --overlong truncate or drop"
             told = numbered([_told(fault, places) for fault, places in self.faults.items()])
             return f"{counted}:\n{told}" + advice * (self.longest_tokens > limit_tokens)
         if not self.rows_seen:

@@ -186,7 +186,7 @@ def test_rows_are_no_longer_than_the_model_s_positions_and_the_plan_says_so() ->
     facts = llama_facts(max_position_embeddings=256)
     plan = memory_plan(facts, config_from({"max_seq_length": 1024}), CPU)
     assert plan.row_tokens == 256
-    assert plan.notes == ("--max-seq-length 1024 is more than the model's 256 positions",)
+    assert plan.notes == ("rows have 256 tokens at most: the model has no more positions",)
     assert memory_plan(facts, config_from({"max_seq_length": 256}), CPU).notes == ()
 
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from agzo_edge.errors import BudgetBrokenError
-from agzo_edge.model.memory import PeakMeter, anonymous_bytes, capped, free_bytes, give_back
+from agzo_edge.model import memory
+from agzo_edge.model.memory import (
+    PeakMeter,
+    anonymous_bytes,
+    bytes_outside_torch,
+    capped,
+    expect_outside_torch,
+    free_bytes,
+    give_back,
+)
 from agzo_edge.units import GIB, MIB
 
 CPU = torch.device("cpu")
@@ -72,3 +81,15 @@ print(full - anonymous_bytes())
 def test_tensors_that_are_freed_between_others_go_back_to_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 190 * MIB
+
+
+def test_what_nvml_does_not_tell_of_a_card_is_what_the_plan_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 7)
+    told = {"used": 0}
+    monkeypatch.setattr(memory, "_nvml_used", lambda _device: told["used"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 3 * MIB)
+    assert bytes_outside_torch(card) == 0
+    expect_outside_torch(card, 450 * MIB)
+    assert bytes_outside_torch(card) == 450 * MIB
+    told["used"] = 903 * MIB
+    assert bytes_outside_torch(card) == 900 * MIB

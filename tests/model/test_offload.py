@@ -161,6 +161,26 @@ def test_pinned_memory_that_was_freed_can_be_pinned_again() -> None:
         del buffer
 
 
+def test_memory_that_cannot_be_pinned_serves_unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Refusing:
+        @staticmethod
+        def cudaHostRegister(*arguments: int) -> int:  # CUDA's name
+            asked.append(arguments)
+            return 2
+
+    def told_once_more(*_arguments: object, **_named: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", Refusing)
+    monkeypatch.setattr(torch, "zeros", told_once_more)
+    buffer = pinned_bytes(MIB)
+    assert len(asked) == 1
+    assert buffer.numel() == MIB
+
+
 def test_a_block_is_the_layers_with_its_number() -> None:
     names = ["model.layers.3.self_attn.q_proj", "transformer.h.11.mlp.c_fc", "project_in"]
     assert [block_of(name) for name in names] == ["model.layers.3", "transformer.h.11", "project_in"]
