@@ -11,10 +11,10 @@ demo: $(STAMP)  ## quantize, train and compare on the embedded model and data
 	$(BIN)/agzo-edge train
 
 test: $(STAMP)  ## the tests that CI runs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(STAMP)  ## the long ones too
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
