@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agzo_edge.budget.detect import machine_profile
-from agzo_edge.budget.facts import model_facts
+from agzo_edge.budget.facts import ModelFacts, model_facts
 from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.budget.plan import fitted_run, memory_plan
 from agzo_edge.budget.sweep import Sweep, memory_sweep
@@ -72,10 +72,7 @@ def plan(
     Raises ConfigError and ModelError; a plan that does not fit is returned, with `fits` False.
     """
     config = resolve({"model": model, **settings}, config_file=config_file, preset=preset)
-    facts = model_facts(str(config.model))
-    if config.adapter is None:  # which would bring its own layers
-        facts.require_trainable(config.target_modules)
-    return memory_plan(facts, config, machine_profile(config.profile))
+    return memory_plan(_facts_to_train(config), config, machine_profile(config.profile))
 
 
 def sweep(
@@ -90,10 +87,15 @@ def sweep(
     Raises ConfigError and ModelError.
     """
     config = resolve({"model": model, **settings}, config_file=config_file, preset=preset)
+    return memory_sweep(_facts_to_train(config), config, machine_profile(config.profile))
+
+
+def _facts_to_train(config: RunConfig) -> ModelFacts:
+    """The facts of a run's model. Raises ModelError when there is none, or it cannot be trained so."""
     facts = model_facts(str(config.model))
     if config.adapter is None:  # which would bring its own layers
         facts.require_trainable(config.target_modules)
-    return memory_sweep(facts, config, machine_profile(config.profile))
+    return facts
 
 
 def finetune(
@@ -134,7 +136,8 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
     from agzo_edge.serve.generate import TextModel
 
     config = _of_use(adapter, {"model": model, **settings}).model_copy(update={"batch_size": 1, "micro_batch_size": 1})
-    return TextModel(loaded_model(config, None if adapter is None else Path(adapter)))
+    facts = model_facts(str(config.model))
+    return TextModel(loaded_model(facts, config, None if adapter is None else Path(adapter)))
 
 
 def evaluate(
@@ -145,7 +148,6 @@ def evaluate(
     The adapter of a run is scored by that run's objective, its rows made by its settings, unless `settings` name one.
     """
     from agzo_edge.loading import loaded_model
-    from agzo_edge.preparation import within_positions
     from agzo_edge.train.evaluate import evaluate as evaluated
     from agzo_edge.train.examples import load_examples
     from agzo_edge.train.goal import goal_of
@@ -155,11 +157,11 @@ def evaluate(
     if config.data is None and config.eval_data is None:
         raise ConfigError("there is nothing to evaluate on: name a file with --data")
     facts = model_facts(str(config.model))
-    loaded = loaded_model(config, None if adapter is None else Path(adapter))
+    loaded = loaded_model(facts, config, None if adapter is None else Path(adapter))
     examples = load_examples(
         str(config.eval_data or config.data),
         loaded.tokenizer,
-        within_positions(config, facts),
+        config,
         split="validation" if config.eval_data else "test",
         facts=facts,
     )
@@ -276,9 +278,10 @@ def check_numerics(model: str | None = None, data: str | None = None, **settings
     exact = config.model_copy(update={"difference": "exact"})  # what needs the most memory
     machine = machine_profile(config.profile)
     require_usable_device(exact, machine)
-    fitted = fitted_run(model_facts(str(config.model)), exact, machine).config
+    facts = model_facts(str(config.model))
+    fitted = fitted_run(facts, exact, machine).config
     loaded = load_model(str(config.model), fitted)
-    examples = load_examples(str(config.data), loaded.tokenizer, config)
+    examples = load_examples(str(config.data), loaded.tokenizer, config, facts=facts)
     loaded.require_positions(examples.report.longest_tokens)
     checked = fitted.model_copy(update={"difference": config.difference})
     return fidelity(loaded, examples, checked, goal=goal_of(config))

@@ -19,7 +19,6 @@ from agzo_edge.writers import ALL_LINEAR, writes_to_residual
 
 UNGUIDED_RANK = 2  # measured: docs/decisions/0032
 N_MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2, "sign": 0}  # of the optimizer, tensors of the size of C
-HELD_BY = ("load_in_4bit", "load_in_8bit", "quant_type", "double_quant")  # settings of how a base is held
 KEPT_CHECKPOINTS = 2  # the last one, and one before it in case the disk dies under the last
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from agzo_edge.budget.detect import machine_profile
-from agzo_edge.budget.facts import model_facts
+from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.plan import fitted_run
-from agzo_edge.config import HELD_BY, RunConfig
+from agzo_edge.config import RunConfig
 from agzo_edge.errors import AdapterError
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.load import load_model
@@ -17,7 +17,8 @@ from agzo_edge.preparation import on_adapters_layers
 from agzo_edge.record.adapter import base_model_of
 from agzo_edge.rundir import is_unfinished, load_changes, settings_in
 
-# Settings by which a run makes rows and scores them.
+# Settings by which a run holds its base, and those by which it makes rows and scores them.
+_OF_BASE = ("load_in_4bit", "load_in_8bit", "quant_type", "double_quant")
 _OF_ROWS = (
     *("objective", "prompt_template", "completion_template", "options", "labels", "answer_field", "line_pattern"),
     *("train_on", "mask_prompt", "max_seq_length", "overlong", "preference_loss", "beta"),
@@ -45,7 +46,7 @@ def settings_of_run(adapter: Path, given: Mapping[str, Any], *, data_too: bool) 
     given = {name: value for name, value in given.items() if value is not None}
     names: set[str] = set()
     if not {"load_in_4bit", "load_in_8bit"} & given.keys():
-        names |= {*HELD_BY}
+        names |= {*_OF_BASE}
     if data_too and "objective" not in given:
         names |= {*_OF_ROWS} - ({"labels"} if "options" in given else set())
     taken = {name: value for name, value in settings.items() if name in names}
@@ -58,10 +59,9 @@ def settings_of_run(adapter: Path, given: Mapping[str, Any], *, data_too: bool) 
     return taken
 
 
-def loaded_model(config: RunConfig, adapter: Path | None) -> EdgeModel:
-    """The model of `config`, with an adapter on it. Raises BudgetError, AdapterError and ModelError."""
+def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> EdgeModel:
+    """The model of `config` and `facts`, with an adapter on it. Raises BudgetError, AdapterError and ModelError."""
     changes = {} if adapter is None else load_changes(adapter)
-    facts = model_facts(str(config.model))
     config = on_adapters_layers(config.model_copy(update={"guide": "none", "target_modules": None}), changes, facts)
     machine = machine_profile(config.profile)
     require_usable_device(config, machine)

@@ -19,16 +19,10 @@ from agzo_edge.train.examples import load_examples
 from agzo_edge.writers import writes_to_residual
 
 
-def within_positions(config: RunConfig, facts: ModelFacts) -> RunConfig:
-    """The run with rows no longer than the model has positions for."""
-    room = facts.room_for(config) or config.max_seq_length
-    return config.model_copy(update={"max_seq_length": min(config.max_seq_length, room)})
-
-
 def run_data(config: RunConfig, facts: ModelFacts) -> tuple[ExampleSet, ExampleSet | None]:
     """The training examples, and the held-out ones where they are given. Raises DataError with all faults."""
     tokenizer = load_tokenizer(str(config.model), config)
-    load = partial(load_examples, tokenizer=tokenizer, config=within_positions(config, facts), facts=facts)
+    load = partial(load_examples, tokenizer=tokenizer, config=config, facts=facts)
     data = load(str(config.data), split="train")
     return data, load(config.eval_data, split="validation") if config.eval_data else None
 

@@ -130,7 +130,7 @@ def test_a_run_that_does_harm_goes_back_and_is_replayed_and_resumed_to_the_same_
     agzo_edge.replay(file, output=tmp_path / "from-file")
     assert adapter_of(tmp_path / "replayed") == adapter_of(tmp_path / "from-file") == adapter_of(tmp_path / "whole")
 
-    for last in (1, 3, 4):
+    for last in range(1, 6):
         out = tmp_path / f"cut-{last}"
         cut = training(config_of(out, eval_data=held_out, **RUINOUS))
         next(event for event in cut if isinstance(event, Stepped) and event.timed.record.step == last)

@@ -112,7 +112,7 @@ def weight_files(directory: Path, *, source: str) -> list[Path]:
             f"{source}: holds {', '.join(others[:3])} and no {SINGLE_FILE}: only safetensors is read, since "
             "the other formats can run code. Save it again with transformers' save_pretrained"
         )
-    raise ModelError(f"{source}: no {SINGLE_FILE} and no {INDEX_FILE} in it")
+    raise ModelError(f"{source}: no {SINGLE_FILE} and no {INDEX_FILE} in it: only safetensors is read")
 
 
 def shard_names(index: Mapping[str, Any], source: str) -> list[str]:

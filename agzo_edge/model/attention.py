@@ -1,4 +1,4 @@
-"""Attention where torch's fast kernels cannot be taken: exact differences, and scores that are capped."""
+"""Attention where torch's fast kernels cannot be taken as they are: exact differences, capped scores, older cards."""
 
 import warnings
 from collections.abc import Iterator

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from agzo_edge.budget.headers import read_json
 from agzo_edge.errors import AdapterError, ModelError, numbered
 from agzo_edge.model.weights import base_weight_of, linear_layers
 from agzo_edge.record.adapter import LowRankPair
+from agzo_edge.record.strict_json import strict_object
 
 CONFIG_NAME = "config.json"
 TOKENIZER_NAMES = (
@@ -55,7 +55,7 @@ def open_base(source: str, *, with_weights: bool) -> BaseFiles:
     directory = Path(source).expanduser()
     if not directory.is_dir():
         directory = _downloaded(source, with_weights=with_weights)
-    fields = read_json(directory / CONFIG_NAME, source=source)
+    fields = _json_object(directory / CONFIG_NAME)
     try:
         config = AutoConfig.from_pretrained(directory)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -118,6 +118,15 @@ def refuse_misfits(pairs: Mapping[str, LowRankPair], shapes: Mapping[str, Linear
             faults.append(f"{name}: the pair is {change}, the layer {weight}")
     if faults:
         raise AdapterError(f"the adapter does not fit {source}; was it trained on another model?\n" + numbered(faults))
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path.parent}: no {path.name}: this is no transformers checkpoint")
+    try:
+        return strict_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: {error}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -51,12 +51,22 @@ def planned_merge(base: BaseFiles, pairs: Mapping[str, LowRankPair], *, dtype: s
         dtype = dtype or original_dtype(base, quantization)
         shards = {SINGLE_FILE: dequantized_tensors(base)}
     else:
-        shards = {path.name: lazy_tensors(path) for path in weight_files(base.directory, source=base.source)}
+        shards = {path.name: lazy_tensors(path) for path in _plain_files(base)}
     changes = _changes(base, pairs, shapes, [tensor for shard in shards.values() for tensor in shard])
     merged = {
         file: [_merged(tensor, changes.get(tensor.name), dtype) for tensor in shard] for file, shard in shards.items()
     }
     return Merge(base, merged, dtype)
+
+
+def _plain_files(base: BaseFiles) -> list[Path]:
+    """The base's weight files. Raises ModelError where one would not keep its name beside the others."""
+    files = weight_files(base.directory, source=base.source)
+    if odd := [path for path in files if path.parent != base.directory or path.suffix != ".safetensors"]:
+        names = (str(path.relative_to(base.directory))[:200] for path in odd)
+        faults = [f"{name!r}: no plain name of a safetensors file" for name in names]
+        raise ModelError(f"{base.source}: these shards cannot be read:\n{numbered(faults)}")
+    return files
 
 
 def write_merge(directory: Path, merge: Merge) -> None:

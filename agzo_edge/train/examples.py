@@ -30,8 +30,11 @@ def load_examples(
 ) -> ExampleSet:
     """The examples of a source; of a large JSON Lines file to train on, read when they are needed.
 
-    Raises DataError once, with the faults of all rows, of a large file of those that the run uses.
+    Rows are no longer than the model of `facts` has positions for. Raises DataError once, with the faults of all rows,
+    of a large file of those that the run uses.
     """
+    if facts is not None and (room := facts.room_for(config)) is not None:
+        config = config.model_copy(update={"max_seq_length": min(config.max_seq_length, room)})
     if split == "train" and (path := large_file(source, split=split, at_least=STREAM_BYTES)):
         return streamed_examples(path, tokenizer, config, facts=facts)
     maker, tally = ExampleMaker(source, tokenizer, config, facts=facts), Tally()

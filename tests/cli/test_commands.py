@@ -79,7 +79,7 @@ def test_chat_keeps_its_history_until_reset_and_survives_a_conversation_too_long
 
 
 def test_doctor_with_numerics_shows_the_error_over_mu_and_advises(capsys: pytest.CaptureFixture[str]) -> None:
-    model = ("--no-load-in-4bit", "--batch-size", "8")
+    model = ("--no-load-in-4bit", "--dtype", "bfloat16", "--batch-size", "8")
     assert run(["doctor", "--numerics", *model, "--json"]) == 0
     seen = json.loads(capsys.readouterr().out)
     assert len(seen["sizes"]) == len(seen["errors"])

@@ -181,12 +181,14 @@ def test_a_trained_head_of_its_own_is_merged(tmp_path: Path) -> None:
     [
         (lambda base: (base / "config.json").unlink(), "no config.json"),
         (lambda base: (base / "config.json").write_text("{"), "config.json"),
-        (lambda base: (base / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda base: (base / "model.safetensors").unlink(), "only safetensors is read"),
         (lambda base: (base / "model.safetensors").write_bytes(b"x" * 64), "cannot be read as safetensors"),
         (lambda base: rename_a_tensor(base), r"q_proj: 0 tensors may be its weight"),
         (lambda base: set_quantization(base), "quantized by gptq.*original checkpoint"),
         (lambda base: name_shards(base, "../secret.safetensors"), r"outside its directory: '\.\./secret\.safetensors'"),
         (lambda base: name_shards(base, "gone.safetensors"), "gone.safetensors: missing"),
+        (lambda base: put_below(base, "below/one.safetensors"), "'below/one.safetensors': no plain name"),
+        (lambda base: put_below(base, "one.bin"), "'one.bin': no plain name of a safetensors file"),
     ],
 )
 def test_a_broken_base_is_refused_by_what_is_wrong_with_it(
@@ -211,6 +213,13 @@ def set_quantization(base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (base / "config.json").write_text(json.dumps(config))
+
+
+def put_below(base: Path, name: str) -> None:
+    weights = (base / "model.safetensors").read_bytes()
+    name_shards(base, name)
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_bytes(weights)
 
 
 def name_shards(base: Path, *names: str) -> None:
