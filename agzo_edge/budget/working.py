@@ -20,6 +20,7 @@ CPU_SLACK_SHARE = 0.01  # measured: pages, and the heap's gaps
 CPU_TRIMMED_BYTES = 1 * MIB  # measured: in place of both where the heap has just been trimmed
 CPU_MATMUL_BYTES = 13 * MIB  # measured, AVX-512: the code of 16-bit matmuls that oneDNN keeps, and its buffers
 CPU_HEAD_BYTES, CPU_HEAD_SHARE = 5 * MIB, 0.17  # likewise at the logits; the share of the words multiplied at once
+CPU_ROWS = 128  # of a block of 16-bit products, of which a chunk of logits has whole ones: numerics/products.py
 NEXT_TOKEN_BYTES = 4 * FLOAT32_BYTES + 2 * 8  # for each word, while a token is drawn
 LOGITS_COPIES = 2  # float32 copies of a chunk of logits, in log-sum-exp
 EXACT_COPIES = 4  # with its tangent
@@ -90,7 +91,10 @@ def _chunk(job: Job, *, streams: int) -> tuple[int, int]:
     words = facts.vocab_size
     if job.place_of("embeddings") == "host":
         words = min(words, max(1, chunk_bytes // (facts.hidden_size * job.value_bytes)))
-    return words, min(positions, max(1, chunk_bytes // (FLOAT32_BYTES * words * streams)))
+    at_once = max(1, chunk_bytes // (FLOAT32_BYTES * words * streams))
+    if job.on_cpu and job.value_bytes < FLOAT32_BYTES and at_once * streams > CPU_ROWS:
+        at_once -= at_once % (CPU_ROWS // streams)
+    return words, min(positions, at_once)
 
 
 def answering(job: Job) -> Iterator[Moment]:

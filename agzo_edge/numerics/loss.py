@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agzo_edge.numerics.products import in_blocks, whole_blocks
+
 GRADIENT_PIECES = 2  # a chunk's pieces where a gradient is asked for
 
 Head = Callable[[Tensor], Tensor]  # (..., hidden_size) -> (..., words) logits of some part of the vocabulary
@@ -40,6 +42,8 @@ def label_losses(
         size = chunk_tokens(words.stop - words.start, hidden.shape[0], chunk_bytes)
         if hidden.requires_grad:  # the way back has the logits and their gradient, of a smaller chunk
             size = max(1, min(size, labels.shape[0]) // GRADIENT_PIECES)
+        if in_blocks(hidden):
+            size = max(1, whole_blocks(size * hidden.shape[0]) // hidden.shape[0])
         starts = range(0, labels.shape[0], size)
         pieces = ((hidden[:, i : i + size], labels[i : i + size]) for i in starts)
         chunks = [_chunk_scores(head, states, wanted, words.start) for states, wanted in pieces]

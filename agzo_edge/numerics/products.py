@@ -2,7 +2,7 @@
 
 There torch asks oneDNN, which makes machine code for each number of rows that it meets and never gives it back:
 measured, half a MiB for each, 3 MiB a step where no two batches are equally long (docs/decisions/0034). A block's code
-is made once.
+is made once, and all blocks are alike: what is left of the rows is filled up with zeros.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_ROWS = 128
-TAIL_ROWS = 32  # what is left after the blocks is filled up with zeros to a multiple of it: 4 sizes in all
+FEW_ROWS = 32  # of so few, as while an answer is written, the one block is of this size; of up to 64 it is of 64
 WIDTH = 16  # of low-rank factors that grow, a multiple of it
 
 
@@ -48,12 +48,18 @@ def add_linear(
     if not in_blocks(x):
         flat_onto.addmm_(flat, weight.mT, alpha=factor)
         return onto
-    blocks, tail = _blocks(len(flat))
-    for rows in blocks:
-        flat_onto[rows].addmm_(flat[rows], weight.mT, alpha=factor)
-    if tail.start < len(flat):
-        flat_onto[tail].add_(_tail_product(flat[tail], weight), alpha=factor)
+    size = _block_rows(len(flat))
+    for some, some_onto in zip(flat.split(size), flat_onto.split(size), strict=True):
+        if len(some) == size:
+            some_onto.addmm_(some, weight.mT, alpha=factor)
+        else:
+            some_onto.add_(_filled_product(some, weight, size), alpha=factor)
     return onto
+
+
+def whole_blocks(n_rows: int) -> int:
+    """The most rows, of `n_rows` that may be multiplied at once, that leave no block to be filled up."""
+    return n_rows - n_rows % BLOCK_ROWS if n_rows > BLOCK_ROWS else n_rows
 
 
 def whole_widths(columns: Tensor) -> Tensor:
@@ -63,27 +69,26 @@ def whole_widths(columns: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ of (rows, in_features), in blocks."""
-    blocks, tail = _blocks(len(x))
-    if not blocks:
-        return _tail_product(x, weight)
+    size = _block_rows(len(x))
+    if len(x) < size:
+        return _filled_product(x, weight, size)
     product = x.new_empty(len(x), len(weight))
-    for rows in blocks:
-        torch.mm(x[rows], weight.mT, out=product[rows])
-    if tail.start < len(x):
-        product[tail] = _tail_product(x[tail], weight)
+    for some, its_product in zip(x.split(size), product.split(size), strict=True):
+        if len(some) == size:
+            torch.mm(some, weight.mT, out=its_product)
+        else:
+            its_product.copy_(_filled_product(some, weight, size))
     return product
 
 
-def _blocks(n_rows: int) -> tuple[list[slice], slice]:
-    """The rows of each whole block, and those that are left."""
-    full = n_rows // BLOCK_ROWS * BLOCK_ROWS
-    return [slice(start, start + BLOCK_ROWS) for start in range(0, full, BLOCK_ROWS)], slice(full, n_rows)
+def _block_rows(n_rows: int) -> int:
+    """The rows of a block, of so many: the least power of two that holds them, within bounds."""
+    return min(BLOCK_ROWS, max(FEW_ROWS, 1 << (n_rows - 1).bit_length()))
 
 
-def _tail_product(x: Tensor, weight: Tensor) -> Tensor:
+def _filled_product(x: Tensor, weight: Tensor, size: int) -> Tensor:
     """x Wᵀ of fewer rows than a block."""
-    missing = -len(x) % TAIL_ROWS
-    return (F.pad(x, (0, 0, 0, missing)) @ weight.mT)[: len(x)]
+    return (F.pad(x, (0, 0, 0, size - len(x))) @ weight.mT)[: len(x)]
 
 
 class _Blocks(torch.autograd.Function):

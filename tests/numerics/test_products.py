@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agzo_edge.numerics.products import BLOCK_ROWS, TAIL_ROWS, WIDTH, add_linear, linear, whole_widths
+from agzo_edge.numerics.products import BLOCK_ROWS, WIDTH, add_linear, linear, whole_blocks, whole_widths
 
 ROWS = st.integers(1, 3 * BLOCK_ROWS + 1)
 DTYPES = st.sampled_from((torch.bfloat16, torch.float16, torch.float32))
@@ -52,6 +52,14 @@ def test_the_gradient_goes_back_through_the_blocks(rows: int, has_bias: bool) ->
     assert is_close(x.grad, error.float() @ weight.float())
 
 
+@given(rows=st.integers(1, 10_000))
+def test_whole_blocks_leave_nothing_to_fill(rows: int) -> None:
+    """Nearly as many rows as allowed, in whole blocks, but for fewer than one block."""
+    whole = whole_blocks(rows)
+    assert whole == rows if rows <= BLOCK_ROWS else whole % BLOCK_ROWS == 0
+    assert rows - BLOCK_ROWS < whole <= rows
+
+
 def test_widths_are_filled_with_zeros_in_16_bit_alone() -> None:
     """The product of filled factors is the product."""
     columns = torch.randn(24, WIDTH + 1)
@@ -71,8 +79,8 @@ def meet(lengths):
     for rows in lengths:
         linear(torch.randn(rows, 256).bfloat16(), weight)
     return anonymous_bytes()
-first = meet(range(1, {BLOCK_ROWS + TAIL_ROWS}))
-print(meet(range({BLOCK_ROWS + TAIL_ROWS}, 500)) - first)
+first = meet(range(1, {BLOCK_ROWS + 1}))
+print(meet(range({BLOCK_ROWS + 1}, 500)) - first)
 """
 
 
