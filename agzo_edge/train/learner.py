@@ -19,6 +19,7 @@ from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.numerics.noise import rounding_bits
 from agzo_edge.numerics.update import direction, reprojected, scheduled_rate
 from agzo_edge.record.bases import WindowBases
+from agzo_edge.train.undo import is_gain
 
 RATE_AFTER_UNDO = 1 / 3  # about half a decade: the next try is a clearly different one
 _BEST = "best."  # before the names of a state's tensors that belong to the best one so far
@@ -104,10 +105,14 @@ class Learner:
         )
 
     def watch(self, losses: Sequence[float], *, step: int) -> None:
-        """Remember the state before `step` if no earlier one was as good on the watched examples."""
-        if not self.watched or sum(losses) <= sum(self.watched):
+        """Remember the state before `step` if it is the best so far on the watched examples."""
+        if not self.watched or self.is_best(losses):
             self.watched, self.best_step = tuple(losses), step
             self._best = {name: tensor.cpu() for name, tensor in self._present().items()}
+
+    def is_best(self, losses: Sequence[float]) -> bool:
+        """Whether a state with these losses of the watched examples is better than the best so far."""
+        return is_gain(losses, self.watched, of_start=self.best_step == 0)
 
     def go_back(self) -> int:
         """Be again in the best state so far, bit for bit, to go on with a smaller rate; the steps that it has seen.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -58,20 +58,26 @@ class Lookout:
         return Look(went_back_to=self._learner.go_back())
 
     def after(self, step: int) -> int | None:
-        """Look once more after the run's last step; the steps of the best state where the run has gone back to it."""
+        """Look once more after the run's last step: what has not paid by then is not kept.
+
+        The steps of the best state, where the run has gone back to it.
+        """
         if not self._learner.watched or step != self._guard.config.max_steps - 1:
             return None
         with suppress(BudgetBrokenError, DataError):  # the step is made: without a look it counts as it is
-            if is_harm(self._losses(), self._learner.watched, last=True):
+            if not self._learner.is_best(self._losses()):
                 return self._learner.go_back()
         return None
 
+    @cached_property
+    def _examples(self) -> list[Example]:
+        """Those that are watched; a resumed run watches as many as before."""
+        return watched_examples(self._data, len(self._learner.watched) or n_watched(self._data, self._guard.config))
+
     def _losses(self) -> tuple[float, ...]:
-        n_examples = len(self._learner.watched) or n_watched(self._data, self._guard.config)
-        examples = watched_examples(self._data, n_examples)
-        losses = self._guard.run(partial(watched_losses, self._model, examples, goal=self._goal))
+        losses = self._guard.run(partial(watched_losses, self._model, self._examples, goal=self._goal))
         if not self._learner.watched:
-            pairs = zip(examples, losses, strict=True)
+            pairs = zip(self._examples, losses, strict=True)
             refuse_bad_rows([example.place for example, loss in pairs if not math.isfinite(loss)])
         return losses
 

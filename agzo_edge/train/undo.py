@@ -17,8 +17,10 @@ from agzo_edge.train.data import Example, ExampleSet
 
 MOST_WATCHED, LEAST_WATCHED = 64, 4  # examples; 64 are in a plain pass as much as two steps of 16
 WATCHED_SHARE = 1 / 25  # of a run's examples at most, beyond the least: a short run is not kept waiting for its start
+POOL = 16  # of so many for each watched one the answers' shares are taken: of all, but in a large file
 USUAL_BATCH = 16  # where fewer make a step, looks are rarer: they take the same share of a run
 HARM_ERRORS = 2.0  # standard errors above the best state: one look in 44 by chance, were nothing learned or lost
+GAIN_ERRORS = 1.0  # below the start: one look in six by chance; a text's shift is ten and more
 LOST_DEVIATIONS = 2.0  # of single examples above the best state's mean: where a batch hardly lies by chance
 
 
@@ -34,21 +36,38 @@ def n_watched(data: ExampleSet, config: RunConfig) -> int:
 
 
 def watched_examples(data: ExampleSet, n_examples: int) -> list[Example]:
-    """The examples to watch, evenly spread over the data."""
-    places = np.linspace(0, len(data.examples) - 1, num=n_examples)
-    return [data.examples[int(place)] for place in places]
+    """The examples to watch, evenly spread over the data, and with each answer's share of a choice as in the data.
 
-
-def is_harm(losses: Sequence[float], best: Sequence[float], *, last: bool = False) -> bool:
-    """Whether the watched examples' losses lie above those of the best state by more than chance.
-
-    After the last step by anything: what has not paid by then is not kept.
+    A model that leans to one answer gains on its examples what it loses on the others': a few too many of them, and
+    that looks like learning.
     """
+    some = _spread(data.examples, min(len(data.examples), POOL * n_examples))
+    return _spread(sorted(some, key=lambda example: example.answer), n_examples)
+
+
+def _spread(examples: Sequence[Example], n_examples: int) -> list[Example]:
+    """So many of them, evenly spread."""
+    return [examples[int(place)] for place in np.linspace(0, len(examples) - 1, num=n_examples)]
+
+
+def is_harm(losses: Sequence[float], best: Sequence[float]) -> bool:
+    """Whether the watched examples' losses lie above those of the best state by more than chance."""
     if not best:
         return False
     if not all(map(math.isfinite, losses)):
         return True
-    return standard_errors_above(torch.tensor(losses), torch.tensor(best)) > (0.0 if last else HARM_ERRORS)
+    return standard_errors_above(torch.tensor(losses), torch.tensor(best)) > HARM_ERRORS
+
+
+def is_gain(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -> bool:
+    """Whether a state is better on the watched examples than the best one so far.
+
+    Than the run's start by more than chance may give: a run that has not shown that it learns ends where it began.
+    """
+    if not all(map(math.isfinite, losses)):
+        return False
+    gained = -standard_errors_above(torch.tensor(losses), torch.tensor(best))
+    return gained > (GAIN_ERRORS if of_start else 0.0)
 
 
 def is_lost(loss: float, best: Sequence[float]) -> bool:

@@ -15,7 +15,7 @@ from agzo_edge.numerics.basis import (
     subspace_product,
 )
 
-FEW = settings(max_examples=20, deadline=None)
+FEW = settings(max_examples=20)
 
 
 def spectrum_inputs(tokens: int, singular_values: list[float], in_features: int, *, seed: int = 0) -> Tensor:

@@ -56,7 +56,7 @@ def test_the_estimates_mean_is_the_gradient_inside_the_basis_or_along_the_guide(
     assert float(stacked.mean(0).norm()) > 10 * float((stacked.mean(0) - expected).norm())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(examples=st.integers(1, 5), out_features=st.integers(1, 9), rank=st.integers(1, 4))
 def test_the_estimate_is_the_weighted_sum_of_the_noise(examples: int, out_features: int, rank: int) -> None:
     noise = draw_noise("sign", (examples, out_features, rank), seed=1, step=2, layer=3, first_example=0)

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux")
 NAME = "agzo_edge.numerics.kernels"
 KEY = {"seed": 7, "step": 3, "layer": 5, "first_example": 0}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-SOME = settings(max_examples=25, deadline=None)
+SOME = settings(max_examples=25)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_the_size_of_a_chunk_does_not_matter(chunk: int) -> None:
     assert_close(got, token_losses(hidden @ head.T, labels))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     cuts=st.lists(st.integers(1, VOCAB - 1), unique=True, max_size=5),
     positions=st.integers(1, 9),
@@ -79,7 +79,7 @@ def test_a_vocabulary_in_parts_gives_the_losses_of_the_whole(cuts: list[int], po
     assert_close(got, token_losses(size * hidden @ head.T, labels), rtol=1e-5, atol=1e-5 * size)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     cuts=st.lists(st.integers(1, VOCAB - 1), unique=True, max_size=3),
     positions=st.integers(1, 9),
@@ -107,7 +107,7 @@ def test_a_vocabulary_larger_than_a_chunk_still_goes_one_token_at_a_time() -> No
     assert loss.chunk_tokens(10**9, 2, 64 * MIB) == 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=st.lists(st.integers(0, 4), min_size=1, max_size=20))
 def test_row_sums_are_sums_over_each_rows_positions(rows: list[int]) -> None:
     values = torch.arange(2.0 * len(rows)).reshape(2, -1)

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from agzo_edge.numerics.lowrank import LowRank, compressed, zero_lowrank
 
-FEW = settings(max_examples=20, deadline=None)
+FEW = settings(max_examples=20)
 
 
 def random_pair(out_features: int, in_features: int, rank: int, *, seed: int = 0) -> LowRank:

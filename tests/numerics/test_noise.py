@@ -20,7 +20,7 @@ from agzo_edge.numerics.noise import (
 )
 
 KEY = {"seed": 7, "step": 3, "layer": 5}
-FEW = settings(max_examples=20, deadline=None)
+FEW = settings(max_examples=20)
 # Journals are replayed from these words: a change here makes every old adapter unreadable.
 GOLDEN_WORDS = [
     [

@@ -11,7 +11,7 @@ from agzo_edge.numerics.perturb import perturbed_product
 KEY = {"seed": 7, "step": 3, "layer": 5, "first_example": 0}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.integers(1, 4)),
     factors=st.sampled_from([(0.03, -0.03), (0.03, 0.0), (1.0,)]),

@@ -19,7 +19,7 @@ from agzo_edge.numerics.update import (
     stochastically_rounded,
 )
 
-FEW = settings(max_examples=30, deadline=None)
+FEW = settings(max_examples=30)
 
 
 def gradients(steps: int = 6) -> list[Tensor]:

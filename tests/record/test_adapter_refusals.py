@@ -106,7 +106,7 @@ def test_a_directory_without_a_configuration_is_no_adapter(tmp_path: Path) -> No
         load_adapter(tmp_path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_damaged_adapter_is_an_error_or_a_sound_set_of_pairs(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

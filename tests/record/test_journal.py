@@ -49,7 +49,7 @@ def _read(path: Path, content: bytes) -> Journal:
     return read_journal(path)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(fields=st.lists(FIELDS, max_size=3), first_step=st.integers(0, 2**40))
 def test_what_was_appended_comes_back(
     tmp_path_factory: pytest.TempPathFactory, fields: list[dict[str, Any]], first_step: int

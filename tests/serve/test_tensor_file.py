@@ -20,7 +20,7 @@ def held(name: str, values: Tensor) -> LazyTensor:
     return LazyTensor(name, tuple(values.shape), values.dtype, lambda: values)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     kinds=st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=6)
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -43,7 +43,6 @@ lines = st.lists(
 )
 
 
-@settings(deadline=None)  # it writes files, and a busy disk is no fault
 @given(lines=lines, mark=st.sampled_from([b"", b"\xef\xbb\xbf"]), chunk_bytes=st.integers(1, 40), ends=st.booleans())
 def test_an_indexed_row_is_the_row_of_a_reading(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str], mark: bytes, chunk_bytes: int, ends: bool

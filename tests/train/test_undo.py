@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agzo_edge.train.data import DataReport, Example, ExampleSet
 from agzo_edge.train.learner import RATE_AFTER_UNDO, Learner
 from agzo_edge.train.step import agzo_step
-from agzo_edge.train.undo import is_due, is_harm, is_lost, n_watched, watched_examples
+from agzo_edge.train.undo import is_due, is_gain, is_harm, is_lost, n_watched, watched_examples
 
 EMPTY_REPORT = DataReport(
     format="text", rows_read=0, rows_used=0, rows_truncated=0, rows_dropped=0, label_tokens=0, longest_tokens=0
@@ -25,16 +25,25 @@ def test_a_rise_of_all_is_harm_and_a_fall_of_all_is_none(losses: list[float], ri
     higher = [loss + rise for loss in losses]
     assert is_harm(higher, losses)
     assert not is_harm(losses, higher)
-    assert not is_harm(losses, losses, last=True)
+    assert is_gain(losses, higher, of_start=True)
+    assert not is_gain(losses, losses, of_start=False)
 
 
 def test_a_rise_within_chance_is_no_harm_but_at_the_last_look() -> None:
     best = [1.0, 2.0, 3.0, 4.0]
     wavering = [2.0, 1.2, 4.0, 3.2]  # differences 1, -0.8, 1, -0.8: a mean of 0.1 with an error of 0.52
     assert not is_harm(wavering, best)
-    assert is_harm(wavering, best, last=True)
+    assert not is_gain(wavering, best, of_start=False)
     assert is_harm([1.0, math.nan, 3.0, 4.0], best)
     assert not is_harm([9.0, 9.0], []), "there is nothing to compare with yet"
+
+
+def test_what_chance_may_give_is_a_gain_over_a_later_state_and_none_over_the_start() -> None:
+    start, lower = [1.0, 2.0, 3.0, 4.0], [0.5, 2.4, 2.5, 4.2]
+    assert is_gain(lower, start, of_start=False)
+    assert not is_gain(lower, start, of_start=True)
+    assert is_gain([0.5, 1.9, 2.5, 3.9], start, of_start=True)
+    assert not is_gain([0.5, math.nan, 2.5, 3.9], start, of_start=False)
 
 
 def test_a_single_example_that_got_worse_is_harm() -> None:
@@ -127,3 +136,13 @@ def test_a_run_watches_a_share_of_its_examples_spread_over_the_data(
     places = [int(example.place.rpartition(":")[2]) for example in watched_examples(data, found)]
     assert places == sorted(set(places))
     assert (places[0], places[-1]) == (1, n_examples)
+
+
+@given(answers=st.lists(st.integers(0, 2), min_size=64, max_size=1000))
+def test_the_watched_have_each_answer_as_often_as_the_data(answers: list[int]) -> None:
+    """Within two examples, so that leaning to an answer is not taken for learning."""
+    examples = [Example(rows=(), answer=answer, place="") for answer in answers]
+    watched = watched_examples(ExampleSet(examples, EMPTY_REPORT, sha256=""), 64)
+    for answer in range(3):
+        share = answers.count(answer) / len(answers)
+        assert abs(sum(example.answer == answer for example in watched) - 64 * share) <= 2
