@@ -63,7 +63,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class WentBack:
-    """The run had done harm: it is in its best state again, and goes on with a smaller rate."""
+    """The run had done harm, or at its end gained nothing: it is in its best state again, with a smaller rate."""
 
     step: int  # steps done before it
     to_step: int  # steps of which the best state is the result

@@ -52,6 +52,7 @@ class Moment:
     logits: float = 0
     cache: float = 0  # of keys and values, while texts are written
     trimmed: bool = False  # on a CPU the heap is trimmed just before it
+    loads: bool = False  # before the first pass
 
     @property
     def n_bytes(self) -> float:

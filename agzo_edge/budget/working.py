@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from agzo_edge.budget.activations import Moment, block_moments, drawn_noise
-from agzo_edge.budget.held import basis_entries, coefficient_entries, guide_entries, workspace
+from agzo_edge.budget.held import CPU_COLUMNS, basis_entries, coefficient_entries, guide_entries, workspace
 from agzo_edge.budget.job import FLOAT32_BYTES, STREAMS, Component, Job, folded_rank
 from agzo_edge.units import MIB
 
@@ -18,8 +18,10 @@ CUDA_SLACK_SHARE = 0.05  # estimate: what torch's CUDA allocator rounds up or ca
 CPU_SLACK_BYTES = 8 * MIB  # measured: tensors below the threshold of malloc, which stay in the heap; Python's own
 CPU_SLACK_SHARE = 0.01  # measured: pages, and the heap's gaps
 CPU_TRIMMED_BYTES = 1 * MIB  # measured: in place of both where the heap has just been trimmed
-CPU_MATMUL_BYTES = 13 * MIB  # measured, AVX-512: the code of 16-bit matmuls that oneDNN keeps, and its buffers
-CPU_HEAD_BYTES, CPU_HEAD_SHARE = 5 * MIB, 0.17  # likewise at the logits; the share of the words multiplied at once
+CPU_KERNEL_BYTES = round(0.27 * MIB)  # measured: what oneDNN has of the code for a shape of 16-bit products, for good
+CPU_KEPT_KERNELS = 16  # each of which takes as much again: model/memory.py
+CPU_16BIT_BYTES = 5 * MIB  # measured: the heap's gaps between them, where it was not trimmed
+CPU_ATTENTION_BYTES = 5 * MIB  # measured: likewise of attention that is written out, which has shapes of its own
 CPU_ROWS = 128  # of a block of 16-bit products, of which a chunk of logits has whole ones: numerics/products.py
 NEXT_TOKEN_BYTES = 4 * FLOAT32_BYTES + 2 * 8  # for each word, while a token is drawn
 LOGITS_COPIES = 2  # float32 copies of a chunk of logits, in log-sum-exp
@@ -45,11 +47,25 @@ def _slack(job: Job, moment: Moment) -> tuple[int, str]:
     if not job.on_cpu:
         return math.ceil(CUDA_SLACK_SHARE * moment.n_bytes), f"{CUDA_SLACK_SHARE:.0%} of the moment above (estimate)"
     share, fixed_bytes = (0.0, CPU_TRIMMED_BYTES) if moment.trimmed else (CPU_SLACK_SHARE, CPU_SLACK_BYTES)
-    if job.value_bytes < FLOAT32_BYTES:
-        head_bytes = _chunk(job, streams=job.streams)[0] * job.facts.hidden_size * job.value_bytes
-        fixed_bytes += CPU_HEAD_BYTES + round(CPU_HEAD_SHARE * head_bytes) if moment.trimmed else CPU_MATMUL_BYTES
+    if job.value_bytes < FLOAT32_BYTES and not moment.loads:
+        fixed_bytes += _kernel_bytes(job) + (0 if moment.trimmed else CPU_16BIT_BYTES)
+        written_out = job.exact or (job.facts.block.caps_scores and not moment.trimmed)
+        fixed_bytes += CPU_ATTENTION_BYTES if written_out else 0
     rule = f"{share:.0%} of the moment above + {fixed_bytes / MIB:.0f} MiB"
     return fixed_bytes + math.ceil(share * moment.n_bytes), rule
+
+
+def _kernel_bytes(job: Job) -> int:
+    """What a CPU's 16-bit products leave: the code for each shape of weight, all blocks of tokens being alike.
+
+    There are the layers', the head's on both ways, and of a branch its window's factors and its folded ones, whose
+    width grows by whole columns.
+    """
+    folded_widths = 0 if job.opened else -(-folded_rank(job) // CPU_COLUMNS)
+    of_branches = len({inp for _, inp in job.targets.values()}) + len({out for out, _ in job.targets.values()})
+    of_head = 1 if job.config.guide == "none" else 2
+    n_shapes = len(set(job.facts.linears.values())) + of_head + of_branches * (1 + folded_widths)
+    return CPU_KERNEL_BYTES * (n_shapes + min(n_shapes, CPU_KEPT_KERNELS))
 
 
 def moments(job: Job) -> Iterator[Moment]:
@@ -176,10 +192,10 @@ def loading(job: Job) -> Iterator[Moment]:
     unused = 0 if job.opened else workspace(job).n_bytes
     if job.place_of("embeddings") == "mapped":
         moved = facts.tensors[facts.largest_other].n_entries * b if job.converts(facts.largest_other) else 0
-        yield Moment(name="moving the embeddings", activations=max(0, moved - unused), trimmed=True)
+        yield Moment(name="moving the embeddings", activations=max(0, moved - unused), trimmed=True, loads=True)
     else:
         unused += (facts.embedding_entries + facts.head_entries) * b
-    yield Moment(name="loading", activations=max(0, out * inp * per_weight - unused))
+    yield Moment(name="loading", activations=max(0, out * inp * per_weight - unused), loads=True)
 
 
 def merging(job: Job) -> Moment:

@@ -103,9 +103,20 @@ def event_lines(event: "Event") -> list[Text]:
         case Moved(step=step, what=what):
             return [fact("memory", f"from step {step + 1}: {what}", "yellow")]
         case WentBack(step=step, to_step=to_step, learning_rate=rate):
-            line = f"steps {to_step + 1} to {step} had done harm and are taken back"
-            return [fact("undo", f"{line}; the learning rate is now {rate:.2g}" if rate else line, "yellow")]
+            return [fact("undo", gone_back(step, to_step, rate), "yellow")]
     return []
+
+
+def gone_back(step: int, to_step: int, rate: float) -> str:
+    """What was taken back, and why; a `rate` of 0 is the run's end."""
+    if rate:
+        return f"steps {to_step + 1} to {step} had done harm and are taken back; the learning rate is now {rate:.2g}"
+    if to_step:
+        return f"steps {to_step + 1} to {step} had gained nothing by the end and are taken back"
+    return (
+        f"what {step} steps gained on training examples is no more than chance: all are taken back. More steps, or "
+        f"more data, may show a gain; --undo-every 0 keeps whatever comes"
+    )
 
 
 def evaluation_line(step: int, metrics: "Metrics") -> Text:

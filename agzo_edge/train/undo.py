@@ -19,8 +19,7 @@ MOST_WATCHED, LEAST_WATCHED = 64, 4  # examples; 64 are in a plain pass as much 
 WATCHED_SHARE = 1 / 25  # of a run's examples at most, beyond the least: a short run is not kept waiting for its start
 POOL = 16  # of so many for each watched one the answers' shares are taken: of all, but in a large file
 USUAL_BATCH = 16  # where fewer make a step, looks are rarer: they take the same share of a run
-HARM_ERRORS = 2.0  # standard errors above the best state: one look in 44 by chance, were nothing learned or lost
-GAIN_ERRORS = 1.0  # below the start: one look in six by chance; a text's shift is ten and more
+CHANCE_ERRORS = 2.0  # standard errors of a mean difference: one look in 44 by chance lies further to either side
 LOST_DEVIATIONS = 2.0  # of single examples above the best state's mean: where a batch hardly lies by chance
 
 
@@ -56,7 +55,7 @@ def is_harm(losses: Sequence[float], best: Sequence[float]) -> bool:
         return False
     if not all(map(math.isfinite, losses)):
         return True
-    return standard_errors_above(torch.tensor(losses), torch.tensor(best)) > HARM_ERRORS
+    return standard_errors_above(torch.tensor(losses), torch.tensor(best)) > CHANCE_ERRORS
 
 
 def is_gain(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -> bool:
@@ -67,7 +66,7 @@ def is_gain(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -
     if not all(map(math.isfinite, losses)):
         return False
     gained = -standard_errors_above(torch.tensor(losses), torch.tensor(best))
-    return gained > (GAIN_ERRORS if of_start else 0.0)
+    return gained > (CHANCE_ERRORS if of_start else 0.0)
 
 
 def is_lost(loss: float, best: Sequence[float]) -> bool:

@@ -15,12 +15,13 @@ from agzo_edge.budget.held import CPU_COLUMNS
 from agzo_edge.budget.job import DataShape, layer_bytes
 from agzo_edge.budget.memory import MemoryPlan, job_of, predicted_memory
 from agzo_edge.budget.plan import fitted_run, memory_plan, require_fits
-from agzo_edge.budget.profile import load_profile
-from agzo_edge.budget.working import GUIDE_COPIES, GUIDE_PIECES, moments
+from agzo_edge.budget.profile import Profile, load_profile
+from agzo_edge.budget.working import CPU_KEPT_KERNELS, CPU_ROWS, GUIDE_COPIES, GUIDE_PIECES, moments
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import BudgetError, ConfigError, ModelError
+from agzo_edge.model.memory import KEPT_MATMULS
 from agzo_edge.numerics.loss import GRADIENT_PIECES
-from agzo_edge.numerics.products import WIDTH
+from agzo_edge.numerics.products import BLOCK_ROWS, WIDTH
 from agzo_edge.units import GIB, MIB
 
 FACTS = llama_facts()
@@ -396,6 +397,20 @@ def test_the_disk_holds_every_windows_bases_and_guides() -> None:
     inputs = 8 * (1024 + 4096)  # of o_proj and down_proj in each block
     assert component(plain, "bases", "disk") == 3 * inputs * 2 * 4
     assert component(guided, "bases", "disk") == 3 * (inputs * 2 + 8 * 2 * 1024 * 2) * 4
+
+
+def test_sixteen_bit_products_on_a_cpu_leave_code_for_each_shape() -> None:
+    """Those of a run that trains more layers meet more shapes; a GPU's, and float32, leave none."""
+    assert (CPU_ROWS, CPU_KEPT_KERNELS) == (BLOCK_ROWS, KEPT_MATMULS)
+
+    def slack(profile: Profile, dtype: str, *modules: str) -> int:
+        return component(
+            memory_plan(FACTS, config_from({"dtype": dtype, "target_modules": modules}), profile), "allocator"
+        )
+
+    one, two = (slack(CPU, "bfloat16", *modules) for modules in (["o_proj"], ["o_proj", "down_proj"]))
+    assert slack(CPU, "float32", "o_proj") < one < two
+    assert slack(GPU, "bfloat16", "o_proj") < slack(GPU, "float32", "o_proj")
 
 
 def test_the_copy_of_the_folded_windows_is_as_wide_as_the_products_fill_it() -> None:
