@@ -19,8 +19,9 @@ CPU_SLACK_BYTES = 8 * MIB  # measured: tensors below the threshold of malloc, wh
 CPU_SLACK_SHARE = 0.01  # measured: pages, and the heap's gaps
 CPU_TRIMMED_BYTES = 1 * MIB  # measured: in place of both where the heap has just been trimmed
 CPU_KERNEL_BYTES = round(0.27 * MIB)  # measured: what oneDNN has of the code for a shape of 16-bit products, for good
-CPU_KEPT_KERNELS = 16  # each of which takes as much again: model/memory.py
-CPU_16BIT_BYTES = 5 * MIB  # measured: the heap's gaps between them, where it was not trimmed
+CPU_KEPT_KERNELS = 32  # each of which takes as much again: model/memory.py
+CPU_16BIT_BYTES = 7 * MIB  # measured: the heap's gaps between them, which differ by 5 MiB from run to run
+CPU_16BIT_TRIMMED_BYTES = 3 * MIB // 2  # where it has just been trimmed
 CPU_ATTENTION_BYTES = 5 * MIB  # measured: likewise of attention that is written out, which has shapes of its own
 CPU_ROWS = 128  # of a block of 16-bit products, of which a chunk of logits has whole ones: numerics/products.py
 NEXT_TOKEN_BYTES = 4 * FLOAT32_BYTES + 2 * 8  # for each word, while a token is drawn
@@ -48,7 +49,7 @@ def _slack(job: Job, moment: Moment) -> tuple[int, str]:
         return math.ceil(CUDA_SLACK_SHARE * moment.n_bytes), f"{CUDA_SLACK_SHARE:.0%} of the moment above (estimate)"
     share, fixed_bytes = (0.0, CPU_TRIMMED_BYTES) if moment.trimmed else (CPU_SLACK_SHARE, CPU_SLACK_BYTES)
     if job.value_bytes < FLOAT32_BYTES and not moment.loads:
-        fixed_bytes += _kernel_bytes(job) + (0 if moment.trimmed else CPU_16BIT_BYTES)
+        fixed_bytes += _kernel_bytes(job) + (CPU_16BIT_TRIMMED_BYTES if moment.trimmed else CPU_16BIT_BYTES)
         written_out = job.exact or (job.facts.block.caps_scores and not moment.trimmed)
         fixed_bytes += CPU_ATTENTION_BYTES if written_out else 0
     rule = f"{share:.0%} of the moment above + {fixed_bytes / MIB:.0f} MiB"

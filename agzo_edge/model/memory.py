@@ -19,7 +19,7 @@ from agzo_edge.errors import BudgetBrokenError
 from agzo_edge.units import MIB
 
 RETURNED_BYTES = MIB  # smaller blocks stay in the heap: measured, below it a step takes 5 to 10 % longer
-KEPT_MATMULS = 16  # more than the shapes of one pass; each took 0.3 to 0.5 MiB on an AVX-512 CPU, measured
+KEPT_MATMULS = 32  # more than the shapes of a step; each takes 0.3 MiB on an AVX-512 CPU, measured
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

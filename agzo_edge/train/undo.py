@@ -17,6 +17,7 @@ from agzo_edge.train.data import Example, ExampleSet
 
 MOST_WATCHED, LEAST_WATCHED = 64, 4  # examples; 64 are in a plain pass as much as two steps of 16
 WATCHED_SHARE = 1 / 25  # of a run's examples at most, beyond the least: a short run is not kept waiting for its start
+ENOUGH_WATCHED = 16  # to tell a small gain from chance
 POOL = 16  # of so many for each watched one the answers' shares are taken: of all, but in a large file
 USUAL_BATCH = 16  # where fewer make a step, looks are rarer: they take the same share of a run
 CHANCE_ERRORS = 2.0  # standard errors of a mean difference: one look in 44 by chance lies further to either side
@@ -62,11 +63,12 @@ def is_gain(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -
     """Whether a state is better on the watched examples than the best one so far.
 
     Than the run's start by more than chance may give: a run that has not shown that it learns ends where it began.
+    A short one, that watches few, is given the benefit of the doubt.
     """
     if not all(map(math.isfinite, losses)):
         return False
     gained = -standard_errors_above(torch.tensor(losses), torch.tensor(best))
-    return gained > (CHANCE_ERRORS if of_start else 0.0)
+    return gained > (CHANCE_ERRORS if of_start and len(losses) >= ENOUGH_WATCHED else 0.0)
 
 
 def is_lost(loss: float, best: Sequence[float]) -> bool:

@@ -39,11 +39,12 @@ def test_a_rise_within_chance_is_no_harm_but_at_the_last_look() -> None:
 
 
 def test_what_chance_may_give_is_a_gain_over_a_later_state_and_none_over_the_start() -> None:
-    start, lower = [1.0, 2.0, 3.0, 4.0], [0.5, 2.4, 2.5, 4.2]
+    start, lower = [1.0, 2.0, 3.0, 4.0] * 4, [0.5, 2.4, 2.9, 4.1] * 4
     assert is_gain(lower, start, of_start=False)
     assert not is_gain(lower, start, of_start=True)
-    assert is_gain([0.5, 1.9, 2.5, 3.9], start, of_start=True)
-    assert not is_gain([0.5, math.nan, 2.5, 3.9], start, of_start=False)
+    assert is_gain([0.5, 1.9, 2.5, 3.9] * 4, start, of_start=True)
+    assert is_gain(lower[:4], start[:4], of_start=True), "a short run watches too few to be judged"
+    assert not is_gain([0.5, math.nan, 2.5, 3.9], start[:4], of_start=False)
 
 
 def test_a_single_example_that_got_worse_is_harm() -> None:
