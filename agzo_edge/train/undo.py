@@ -18,7 +18,6 @@ from agzo_edge.train.data import Example, ExampleSet
 MOST_WATCHED, LEAST_WATCHED = 64, 4  # examples; 64 are in a plain pass as much as two steps of 16
 WATCHED_SHARE = 1 / 25  # of a run's examples at most, beyond the least: a short run is not kept waiting for its start
 ENOUGH_WATCHED = 16  # to tell a small gain from chance
-POOL = 16  # of so many for each watched one the answers' shares are taken: of all, but in a large file
 USUAL_BATCH = 16  # where fewer make a step, looks are rarer: they take the same share of a run
 CHANCE_ERRORS = 2.0  # standard errors of a mean difference: one look in 44 by chance lies further to either side
 LOST_DEVIATIONS = 2.0  # of single examples above the best state's mean: where a batch hardly lies by chance
@@ -41,8 +40,9 @@ def watched_examples(data: ExampleSet, n_examples: int) -> list[Example]:
     A model that leans to one answer gains on its examples what it loses on the others': a few too many of them, and
     that looks like learning.
     """
-    some = _spread(data.examples, min(len(data.examples), POOL * n_examples))
-    return _spread(sorted(some, key=lambda example: example.answer), n_examples)
+    if data.line_bytes is not None:  # of a large file, whose rows are not read for that
+        return _spread(data.examples, n_examples)
+    return _spread(sorted(data.examples, key=lambda example: example.answer), n_examples)
 
 
 def _spread(examples: Sequence[Example], n_examples: int) -> list[Example]:
