@@ -106,13 +106,9 @@ class Learner:
 
     def watch(self, losses: Sequence[float], *, step: int) -> None:
         """Remember the state before `step` if it is the best so far on the watched examples."""
-        if not self.watched or self.is_best(losses):
+        if not self.watched or is_gain(losses, self.watched, of_start=self.best_step == 0):
             self.watched, self.best_step = tuple(losses), step
             self._best = {name: tensor.cpu() for name, tensor in self._present().items()}
-
-    def is_best(self, losses: Sequence[float]) -> bool:
-        """Whether a state with these losses of the watched examples is better than the best so far."""
-        return is_gain(losses, self.watched, of_start=self.best_step == 0)
 
     def go_back(self) -> int:
         """Be again in the best state so far, bit for bit, to go on with a smaller rate; the steps that it has seen.

@@ -15,7 +15,7 @@ from agzo_edge.train.data import Example, ExampleSet, batches_of
 from agzo_edge.train.guard import Guard
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.objective import Goal, loss_of
-from agzo_edge.train.undo import is_due, is_harm, is_lost, n_watched, watched_examples
+from agzo_edge.train.undo import has_paid, is_due, is_harm, is_lost, n_watched, watched_examples
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Lookout:
         if not self._learner.watched or step != self._guard.config.max_steps - 1:
             return None
         with suppress(BudgetBrokenError, DataError):  # the step is made: without a look it counts as it is
-            if not self._learner.is_best(self._losses()):
+            if not has_paid(self._losses(), self._learner.watched, of_start=self._learner.best_step == 0):
                 return self._learner.go_back()
         return None
 

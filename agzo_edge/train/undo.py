@@ -62,13 +62,22 @@ def is_harm(losses: Sequence[float], best: Sequence[float]) -> bool:
 def is_gain(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -> bool:
     """Whether a state is better on the watched examples than the best one so far.
 
-    Than the run's start by more than chance may give: a run that has not shown that it learns ends where it began.
-    A short one, that watches few, is given the benefit of the doubt.
+    Than the run's start by more than chance may give.
     """
     if not all(map(math.isfinite, losses)):
         return False
     gained = -standard_errors_above(torch.tensor(losses), torch.tensor(best))
-    return gained > (CHANCE_ERRORS if of_start and len(losses) >= ENOUGH_WATCHED else 0.0)
+    return gained > (CHANCE_ERRORS if of_start else 0.0)
+
+
+def has_paid(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -> bool:
+    """Whether a run's last state is kept: a run that has not shown that it learns ends where it began.
+
+    A short one, that watches few examples, is given the benefit of the doubt.
+    """
+    if len(losses) < ENOUGH_WATCHED:
+        return not is_harm(losses, best)
+    return is_gain(losses, best, of_start=of_start)
 
 
 def is_lost(loss: float, best: Sequence[float]) -> bool:

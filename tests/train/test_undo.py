@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agzo_edge.train.data import DataReport, Example, ExampleSet
 from agzo_edge.train.learner import RATE_AFTER_UNDO, Learner
 from agzo_edge.train.step import agzo_step
-from agzo_edge.train.undo import is_due, is_gain, is_harm, is_lost, n_watched, watched_examples
+from agzo_edge.train.undo import has_paid, is_due, is_gain, is_harm, is_lost, n_watched, watched_examples
 
 EMPTY_REPORT = DataReport(
     format="text", rows_read=0, rows_used=0, rows_truncated=0, rows_dropped=0, label_tokens=0, longest_tokens=0
@@ -43,8 +43,15 @@ def test_what_chance_may_give_is_a_gain_over_a_later_state_and_none_over_the_sta
     assert is_gain(lower, start, of_start=False)
     assert not is_gain(lower, start, of_start=True)
     assert is_gain([0.5, 1.9, 2.5, 3.9] * 4, start, of_start=True)
-    assert is_gain(lower[:4], start[:4], of_start=True), "a short run watches too few to be judged"
     assert not is_gain([0.5, math.nan, 2.5, 3.9], start[:4], of_start=False)
+
+
+def test_a_short_run_that_watches_few_is_kept_unless_it_did_harm() -> None:
+    start, wavering = [1.0, 2.0, 3.0, 4.0], [1.3, 1.8, 3.2, 3.9]
+    assert has_paid(wavering, start, of_start=True)
+    assert not has_paid([1.3, 2.2, 3.2, 4.3], start, of_start=True)
+    assert not has_paid(wavering * 4, start * 4, of_start=True)
+    assert not has_paid([1.3, math.inf, 3.2, 3.9], start, of_start=True)
 
 
 def test_a_single_example_that_got_worse_is_harm() -> None:
