@@ -121,7 +121,7 @@ def accumulated_adapter(job: Job) -> Component:
     width = sum(out + inp for out, inp in job.targets.values())
     folded = 0 if job.opened else folded_rank(job)
     before = max(0, folded - rank)
-    filled = -folded % CPU_COLUMNS if job.on_cpu and b < FLOAT32_BYTES else 0
+    filled = -folded % CPU_COLUMNS if job.multiplies_in_blocks else 0
     copied = folded + filled + rank
     n_bytes = width * ((folded + before) * FLOAT32_BYTES + copied * b)
     formula = f"(out + in) of {len(job.targets)} layers = {width:,} x ({folded + before} x 4 B + {copied} x {b} B)"

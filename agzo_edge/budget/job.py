@@ -80,6 +80,11 @@ class Job:
         return FLOAT32_BYTES if self.value_bytes < FLOAT32_BYTES else 0
 
     @property
+    def multiplies_in_blocks(self) -> bool:
+        """Whether products go in blocks of one size, as in 16 bit on a CPU: numerics/products.py."""
+        return self.on_cpu and self.value_bytes < FLOAT32_BYTES
+
+    @property
     def micro_examples(self) -> int:
         """Examples that one forward takes."""
         return min(self.config.micro_batch_size or self.config.batch_size, self.config.batch_size)

@@ -48,7 +48,7 @@ def _slack(job: Job, moment: Moment) -> tuple[int, str]:
     if not job.on_cpu:
         return math.ceil(CUDA_SLACK_SHARE * moment.n_bytes), f"{CUDA_SLACK_SHARE:.0%} of the moment above (estimate)"
     share, fixed_bytes = (0.0, CPU_TRIMMED_BYTES) if moment.trimmed else (CPU_SLACK_SHARE, CPU_SLACK_BYTES)
-    if job.value_bytes < FLOAT32_BYTES and not moment.loads:
+    if job.multiplies_in_blocks and not moment.loads:
         fixed_bytes += _kernel_bytes(job) + (CPU_16BIT_TRIMMED_BYTES if moment.trimmed else CPU_16BIT_BYTES)
         written_out = job.exact or (job.facts.block.caps_scores and not moment.trimmed)
         fixed_bytes += CPU_ATTENTION_BYTES if written_out else 0
@@ -109,7 +109,7 @@ def _chunk(job: Job, *, streams: int) -> tuple[int, int]:
     if job.place_of("embeddings") == "host":
         words = min(words, max(1, chunk_bytes // (facts.hidden_size * job.value_bytes)))
     at_once = max(1, chunk_bytes // (FLOAT32_BYTES * words * streams))
-    if job.on_cpu and job.value_bytes < FLOAT32_BYTES and at_once * streams > CPU_ROWS:
+    if job.multiplies_in_blocks and at_once * streams > CPU_ROWS:
         at_once -= at_once % (CPU_ROWS // streams)
     return words, min(positions, at_once)
 

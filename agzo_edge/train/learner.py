@@ -104,9 +104,14 @@ class Learner:
             max_steps=config.max_steps,
         )
 
+    @property
+    def is_best_at_start(self) -> bool:
+        """Whether no later state was better than the one that the run began with."""
+        return self.best_step == 0
+
     def watch(self, losses: Sequence[float], *, step: int) -> None:
         """Remember the state before `step` if it is the best so far on the watched examples."""
-        if not self.watched or is_gain(losses, self.watched, of_start=self.best_step == 0):
+        if not self.watched or is_gain(losses, self.watched, of_start=self.is_best_at_start):
             self.watched, self.best_step = tuple(losses), step
             self._best = {name: tensor.cpu() for name, tensor in self._present().items()}
 

@@ -65,7 +65,7 @@ class Lookout:
         if not self._learner.watched or step != self._guard.config.max_steps - 1:
             return None
         with suppress(BudgetBrokenError, DataError):  # the step is made: without a look it counts as it is
-            if not has_paid(self._losses(), self._learner.watched, of_start=self._learner.best_step == 0):
+            if not has_paid(self._losses(), self._learner.watched, of_start=self._learner.is_best_at_start):
                 return self._learner.go_back()
         return None
 

@@ -52,11 +52,7 @@ def _spread(examples: Sequence[Example], n_examples: int) -> list[Example]:
 
 def is_harm(losses: Sequence[float], best: Sequence[float]) -> bool:
     """Whether the watched examples' losses lie above those of the best state by more than chance."""
-    if not best:
-        return False
-    if not all(map(math.isfinite, losses)):
-        return True
-    return standard_errors_above(torch.tensor(losses), torch.tensor(best)) > CHANCE_ERRORS
+    return bool(best) and _errors_above(losses, best) > CHANCE_ERRORS
 
 
 def is_gain(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -> bool:
@@ -64,10 +60,7 @@ def is_gain(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -
 
     Than the run's start by more than chance may give.
     """
-    if not all(map(math.isfinite, losses)):
-        return False
-    gained = -standard_errors_above(torch.tensor(losses), torch.tensor(best))
-    return gained > (CHANCE_ERRORS if of_start else 0.0)
+    return _errors_above(losses, best) < -(CHANCE_ERRORS if of_start else 0.0)
 
 
 def has_paid(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -> bool:
@@ -78,6 +71,13 @@ def has_paid(losses: Sequence[float], best: Sequence[float], *, of_start: bool) 
     if len(losses) < ENOUGH_WATCHED:
         return not is_harm(losses, best)
     return is_gain(losses, best, of_start=of_start)
+
+
+def _errors_above(losses: Sequence[float], best: Sequence[float]) -> float:
+    """Standard errors of `losses` above those of the best state; infinitely many where one is not finite."""
+    if not all(map(math.isfinite, losses)):
+        return math.inf
+    return standard_errors_above(torch.tensor(losses), torch.tensor(best))
 
 
 def is_lost(loss: float, best: Sequence[float]) -> bool:
