@@ -77,7 +77,7 @@ class Account:
                 "quantization": self.quantization,
                 "data_file": self.config.data,
                 "data_sha256": self.data.sha256,
-                "n_rows": self.data.report.rows_used,
+                "n_rows": self.data.report.rows_used - self.data.report.rows_held_back,
                 "eval_file": self.config.eval_data,
                 "n_eval_rows": self.held_out and self.held_out.report.rows_used,
                 "settings": {name: getattr(self.config, name) for name in _TOLD_SETTINGS},

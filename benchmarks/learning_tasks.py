@@ -119,7 +119,8 @@ def task_examples(
         paths = [Path(folder) / f"{name}.jsonl" for name in ("train", "held-out")]
         for path, rows in zip(paths, chosen, strict=True):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        config = config_from({"objective": task.objective, "max_seq_length": task.longest_tokens, "overlong": "drop"})
+        settings = {"objective": task.objective, "max_seq_length": task.longest_tokens, "overlong": "drop"}
+        config = config_from({**settings, "undo_every": 0})  # whole: no row is held back to see harm by
         sets = [load_examples(str(path), tokenizer, config) for path in paths]
     last = sets[1]
     return sets[0], replace(last, examples=spread(last.examples, held_out or task.held_out))

@@ -53,6 +53,8 @@ def data_line(name: str, report: "DataReport") -> Text:
         _learned(name, report),
         f"{longest} {report.longest_tokens:,} tokens",
     ]
+    if report.rows_held_back:
+        parts.append(f"{report.rows_held_back:,} rows not trained on but watched for harm")
     if report.rows_truncated:
         parts.append(f"{report.rows_truncated:,} truncated")
     if report.rows_dropped:
@@ -114,7 +116,7 @@ def gone_back(step: int, to_step: int, rate: float) -> str:
     if to_step:
         return f"steps {to_step + 1} to {step} had gained nothing by the end and are taken back"
     return (
-        f"what {step} steps gained on training examples is no more than chance: all are taken back. More steps, or "
+        f"the watched rows are no better after {step} steps than chance makes them: all are taken back. More steps, or "
         f"more data, may show a gain; --undo-every 0 keeps whatever comes"
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -43,12 +44,13 @@ class DataReport:
     rows_used: int
     rows_truncated: int  # among the used
     rows_dropped: int  # too long, or without a label token
-    label_tokens: int
+    label_tokens: int  # of the rows trained on, or scored
     longest_tokens: int  # of the rows used
     tokens: int = 0  # of all rows used, prompts and options included
     padding_share: float = 0.0  # of what goes through the model: what fills batches up to their longest row
     rows_per_example: int = 1  # the most
     streamed: bool = False  # rows_read are all lines of the file; all else is of those that the run uses
+    rows_held_back: int = 0  # of those used: watched, and not trained on
     all_checked: bool = True  # otherwise other rows may be as long as longest_tokens, which is the limit
 
 
@@ -56,29 +58,38 @@ class DataReport:
 class ExampleSet:
     """All examples of a source, in its order."""
 
-    examples: Sequence[Example]  # at hand, or made of a large file's rows one by one
+    examples: Sequence[Example]  # to train on, or to score: at hand, or made of a large file's rows one by one
     report: DataReport
     sha256: str  # of token ids, labels and answers: equal where the same is learned; of a large file its bytes
     sample: Sample = ()  # the first example, for a person to check
     largest: Sequence[Example] = ()  # those that take most of a pass, where not all are at hand
     line_bytes: NDArray[np.int32] | None = None  # (examples,), where their tokens are not known
+    held_back: Sequence[Example] = ()  # from training, to see harm by: train/undo.py
 
     @cached_property
     def lengths(self) -> NDArray[np.integer[Any]]:
-        """(examples,): the tokens of each one's longest row, or the bytes of its line: like goes with like."""
+        """(examples,): the tokens of each one's longest row, or the bytes of its line: like goes with like.
+
+        Of the examples to train on.
+        """
         if self.line_bytes is not None:
             return self.line_bytes
         return np.array([max(len(row.input_ids) for row in example.rows) for example in self.examples])
 
     @property
+    def rows(self) -> Iterator[TokenRow]:
+        """All rows that go through the model, those held back as well."""
+        return (row for example in chain(self.examples, self.held_back) for row in example.rows)
+
+    @property
     def most_label_tokens(self) -> int:
         """The tokens that are learned, or scored, of the row that has most."""
-        return max(int(row.is_label.sum()) for example in self.examples for row in example.rows)
+        return max(int(row.is_label.sum()) for row in self.rows)
 
     @property
     def n_bytes(self) -> int:
         """What the tokens and their labels take in memory."""
-        return sum(row.input_ids.nbytes + row.is_label.nbytes for example in self.examples for row in example.rows)
+        return sum(row.input_ids.nbytes + row.is_label.nbytes for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -197,5 +208,5 @@ def longest_examples(data: ExampleSet, n: int) -> list[Example]:
     def size(example: Example) -> int:
         return len(example.rows) * max(len(row.input_ids) for row in example.rows)
 
-    by_tokens = sorted(data.largest or data.examples, key=size)
+    by_tokens = sorted(data.largest or chain(data.examples, data.held_back), key=size)
     return [by_tokens[-1 - i % len(by_tokens)] for i in range(n)]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from agzo_edge.train.plain import text_rows
 from agzo_edge.train.source import Split, large_file, read_rows
 from agzo_edge.train.stream import STREAM_BYTES, streamed_examples
 from agzo_edge.train.tally import Tally
+from agzo_edge.train.undo import held_back
 
 
 def load_examples(
@@ -47,8 +49,15 @@ def load_examples(
             examples.append(made.example)
     if fault := tally.complaint(limit, room_tokens=facts.room_for(config) if facts else None):
         raise DataError(f"{source}: {fault}")
-    report = tally.report(maker.format, padding=_padding(examples, config, split=split))
-    return ExampleSet(examples, report, _sha256(examples), sample_of(examples[0], tokenizer))
+    away = set(held_back(examples, config) if split == "train" else ())
+    kept = [example for place, example in enumerate(examples) if place not in away]
+    watched = [examples[place] for place in sorted(away)]
+    report = replace(
+        tally.report(maker.format, padding=_padding(kept, config, split=split)),
+        rows_held_back=len(watched),
+        label_tokens=sum(example.label_tokens for example in kept),
+    )
+    return ExampleSet(kept, report, _sha256([*kept, *watched]), sample_of(examples[0], tokenizer), held_back=watched)
 
 
 def _padding(examples: Sequence[Example], config: RunConfig, *, split: Split) -> float:

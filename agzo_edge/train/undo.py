@@ -1,7 +1,8 @@
 """Seeing that a run does harm: a rate that is too large shall cost some steps, and not the run.
 
-Now and then a few training examples are scored in a plain pass, the same ones each time: what differs between
-examples drops out, and a small rise is seen for what it is. The learner keeps the best state and goes back to it.
+Now and then a few of the data's examples are scored in a plain pass, the same ones each time: what differs between
+examples drops out, and a small rise is seen for what it is. Where the data have enough they are held back from
+training, so that learning by heart is seen as well. The learner keeps the best state and goes back to it.
 """
 
 import math
@@ -17,6 +18,7 @@ from agzo_edge.train.data import Example, ExampleSet
 
 MOST_WATCHED, LEAST_WATCHED = 64, 4  # examples; 64 are in a plain pass as much as two steps of 16
 WATCHED_SHARE = 1 / 25  # of a run's examples at most, beyond the least: a short run is not kept waiting for its start
+HELD_BACK_SHARE = 1 / 10  # of the data at most
 ENOUGH_WATCHED = 16  # to tell a small gain from chance
 USUAL_BATCH = 16  # where fewer make a step, looks are rarer: they take the same share of a run
 CHANCE_ERRORS = 2.0  # standard errors of a mean difference: one look in 44 by chance lies further to either side
@@ -28,26 +30,46 @@ def is_due(step: int, config: RunConfig) -> bool:
     return config.can_go_back and step % (config.undo_every * -(-USUAL_BATCH // config.batch_size)) == 0
 
 
+def held_back(examples: Sequence[Example], config: RunConfig) -> list[int]:
+    """The places of the examples that a run does not train on but watches: none of a few examples.
+
+    It is the data that decide: a run that is made longer holds back the same.
+    """
+    n_examples = min(MOST_WATCHED, int(HELD_BACK_SHARE * len(examples)))
+    if not config.can_go_back or n_examples < ENOUGH_WATCHED:
+        return []
+    return sorted(_spread_over_answers(examples, n_examples))
+
+
 def n_watched(data: ExampleSet, config: RunConfig) -> int:
     """How many examples a run watches."""
     share = int(WATCHED_SHARE * config.max_steps * config.batch_size)
-    return min(len(data.examples), MOST_WATCHED, max(LEAST_WATCHED, share))
+    return min(len(data.held_back or data.examples), MOST_WATCHED, max(LEAST_WATCHED, share))
 
 
 def watched_examples(data: ExampleSet, n_examples: int) -> list[Example]:
-    """The examples to watch, evenly spread over the data, and with each answer's share of a choice as in the data.
+    """The examples to watch: of those held back, or of all where none are.
+
+    Of a large file, whose rows are not read for that, evenly spread over its lines: a run trains on few of them.
+    """
+    if data.line_bytes is not None:
+        return [data.examples[place] for place in _spread(range(len(data.examples)), n_examples)]
+    pool = data.held_back or data.examples
+    return [pool[place] for place in _spread_over_answers(pool, n_examples)]
+
+
+def _spread_over_answers(examples: Sequence[Example], n_examples: int) -> list[int]:
+    """The places of so many of them, evenly spread, with each answer's share of a choice as among all.
 
     A model that leans to one answer gains on its examples what it loses on the others': a few too many of them, and
     that looks like learning.
     """
-    if data.line_bytes is not None:  # of a large file, whose rows are not read for that
-        return _spread(data.examples, n_examples)
-    return _spread(sorted(data.examples, key=lambda example: example.answer), n_examples)
+    return _spread(sorted(range(len(examples)), key=lambda place: examples[place].answer), n_examples)
 
 
-def _spread(examples: Sequence[Example], n_examples: int) -> list[Example]:
+def _spread(places: Sequence[int], n: int) -> list[int]:
     """So many of them, evenly spread."""
-    return [examples[int(place)] for place in np.linspace(0, len(examples) - 1, num=n_examples)]
+    return [places[int(index)] for index in np.linspace(0, len(places) - 1, num=n)]
 
 
 def is_harm(losses: Sequence[float], best: Sequence[float]) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import DataError
-from agzo_edge.train.data import ExampleSet
+from agzo_edge.train.data import ExampleSet, longest_examples
 from agzo_edge.train.examples import load_examples
 
 Jsonl = Callable[..., str]
@@ -161,6 +161,26 @@ def test_the_padding_is_that_of_the_steps_to_come(jsonl: Jsonl, tokenizer: Token
     assert report.tokens == 10
     assert report.padding_share == round(1 - 10 / 14, 4)
     assert load(source, tokenizer, batch_size=1, max_steps=3).report.padding_share == 0
+
+
+def test_of_many_rows_some_are_held_back_from_training_and_told(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    source = jsonl(*({"text": f"a row {'x' * (i % 7)}"} for i in range(200)))
+    data, whole = load(source, tokenizer), load(source, tokenizer, undo_every=0)
+    places = {example.place for example in data.examples}
+    held = {example.place for example in data.held_back}
+    assert (len(held), data.report.rows_held_back, data.report.rows_used) == (20, 20, 200)
+    assert not places & held
+    assert places | held == {example.place for example in whole.examples}
+    assert data.report.label_tokens == sum(example.label_tokens for example in data.examples)
+    assert (len(data.lengths), data.n_bytes, data.most_label_tokens) == (180, whole.n_bytes, whole.most_label_tokens)
+    assert data.sha256 != whole.sha256, "another order: no run goes on with it"
+    assert load_examples(source, tokenizer, RunConfig(), split="test").held_back == []
+
+
+def test_the_longest_of_what_is_held_back_is_rehearsed(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
+    source = jsonl(*({"text": "x" * (40 if i == 0 else 5)} for i in range(160)))
+    data = load(source, tokenizer)
+    assert data.held_back[0].place == longest_examples(data, 1)[0].place == "notes.jsonl:1"
 
 
 def test_settings_make_rows_of_other_fields(jsonl: Jsonl, tokenizer: Tokenizer) -> None:

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from agzo_edge.train.data import DataReport, Example, ExampleSet
 from agzo_edge.train.learner import RATE_AFTER_UNDO, Learner
 from agzo_edge.train.step import agzo_step
-from agzo_edge.train.undo import has_paid, is_due, is_gain, is_harm, is_lost, n_watched, watched_examples
+from agzo_edge.train.undo import (
+    has_paid,
+    held_back,
+    is_due,
+    is_gain,
+    is_harm,
+    is_lost,
+    n_watched,
+    watched_examples,
+)
 
 EMPTY_REPORT = DataReport(
     format="text", rows_read=0, rows_used=0, rows_truncated=0, rows_dropped=0, label_tokens=0, longest_tokens=0
@@ -154,3 +163,28 @@ def test_the_watched_have_each_answer_as_often_as_the_data(answers: list[int]) -
     for answer in range(3):
         share = answers.count(answer) / len(answers)
         assert abs(sum(example.answer == answer for example in watched) - 64 * share) <= 2
+
+
+@given(answers=st.lists(st.integers(0, 2), min_size=1, max_size=1000))
+def test_what_is_held_back_is_a_tenth_at_most_and_none_of_a_few(answers: list[int]) -> None:
+    examples = [Example(rows=(), answer=answer, place="") for answer in answers]
+    held = held_back(examples, run_config())
+    assert len(set(held)) == len(held) == (min(64, len(answers) // 10) if len(answers) >= 160 else 0)
+    for answer in range(3):
+        share = answers.count(answer) / len(answers)
+        assert abs(sum(answers[place] == answer for place in held) - share * len(held)) <= 2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"undo_every": 0}, {"target": "dequantized"}, {"objective": "reward", "reward": "length"}]
+)
+def test_a_run_that_never_looks_holds_nothing_back(settings: dict[str, Any]) -> None:
+    assert held_back([Example(rows=(), answer=0, place="")] * 999, run_config(**settings)) == []
+
+
+def test_of_what_is_held_back_a_short_run_watches_some_and_a_resumed_one_as_many_as_before() -> None:
+    trained, held = ([Example(rows=(), answer=0, place=f"{name}:{i}") for i in range(40)] for name in "ab")
+    data = ExampleSet(trained, EMPTY_REPORT, sha256="", held_back=held)
+    assert n_watched(data, run_config(max_steps=50, batch_size=16)) == 32
+    assert n_watched(data, run_config(max_steps=500, batch_size=16)) == 40
+    assert {example.place[0] for example in watched_examples(data, 32)} == {"b"}
