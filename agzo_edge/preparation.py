@@ -51,7 +51,8 @@ def planned_run(
             f"this machine, or `agzo-edge plan` to look at that one"
         )
     fitted = fitted_run(facts, config, machine, data=data_shape(data))
-    return Planned(fitted.config, fitted.plan, machine.name, fitted.notes, fitted.rungs, (*to_know, *notes))
+    to_know = (*to_know, *fitted.plan.notes, *notes)
+    return Planned(fitted.config, fitted.plan, machine.name, fitted.changes, fitted.rungs, to_know)
 
 
 def data_shape(data: Sequence[ExampleSet]) -> DataShape:

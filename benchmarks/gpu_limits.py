@@ -77,7 +77,7 @@ def _guarded_steps(setting: Setting, model: Any, fitted: FittedRun, examples: li
         "peak_bytes": guard.peak_bytes,
         "planned_bytes": fitted.plan.device_bytes,
         "peak_over_plan": guard.peak_bytes / fitted.plan.device_bytes,
-        "changed": [*fitted.notes, *guard.take_moves()],
+        "changed": [*fitted.changes, *guard.take_moves()],
         "offload": config.offload,
         "micro_batch_size": config.micro_batch_size,
         "fuse_signs": config.fuse_signs,

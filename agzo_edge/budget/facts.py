@@ -72,6 +72,12 @@ class ModelFacts:
         return linear + self.embedding_entries + self.head_entries + self.other_entries
 
     @property
+    def layers_stored(self) -> int:
+        """The blocks that the weights have, by the highest number among them."""
+        numbered_names = filter(None, map(_IN_BLOCK.search, self.linears))
+        return 1 + max((int(found[0].strip(".")) for found in numbered_names), default=-1)
+
+    @property
     def has_experts(self) -> bool:
         """Whether it routes tokens to experts, whose weights transformers fuses: they stay as they are."""
         return any(".experts." in name for name in self.tensors)

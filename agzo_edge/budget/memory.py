@@ -151,8 +151,10 @@ def job_of(facts: ModelFacts, config: RunConfig, profile: Profile, *, data: Data
 
 
 def _notes(job: Job) -> Iterator[str]:
-    """What of the settings does not take effect, and why."""
+    """What of the settings and of the checkpoint does not take effect, and why."""
     facts, config = job.facts, job.config
+    if facts.layers_stored > facts.n_layers:
+        yield f"config.json says {facts.n_layers} layers: of the weights' {facts.layers_stored} the others are left out"
     if facts.positions is not None and config.max_seq_length > facts.positions:
         yield f"rows have {facts.positions:,} tokens at most: the model has no more positions"
     if facts.has_state_space:

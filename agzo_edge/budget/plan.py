@@ -36,7 +36,7 @@ class FittedRun(NamedTuple):
 
     config: RunConfig
     plan: MemoryPlan
-    notes: tuple[str, ...]
+    changes: tuple[str, ...]
     rungs: tuple[Rung, ...]  # this one first, each of the others in less memory than the one before
 
 
@@ -127,13 +127,13 @@ def fitted_run(facts: ModelFacts, config: RunConfig, profile: Profile, *, data: 
         require_fits(memory_plan(facts, config, profile, data=data), in_smallest_pieces=smallest)
         raise AssertionError("a plan that does not fit was let through")
     fitted = rungs[0]
-    notes = asked.notes
+    changes: tuple[str, ...] = ()
     if fitted.config != config:
-        notes += (
+        changes = (
             f"{rung_words(config, fitted.config)}: the run as asked for needs {format_bytes(asked.device_bytes)}, "
             f"{format_bytes(asked.limit_bytes)} are allowed, and so it takes {format_bytes(fitted.plan.device_bytes)}",
         )
-    return FittedRun(fitted.config, fitted.plan, notes, tuple(rungs))
+    return FittedRun(fitted.config, fitted.plan, changes, tuple(rungs))
 
 
 def _changes(

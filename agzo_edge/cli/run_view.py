@@ -54,7 +54,7 @@ def data_line(name: str, report: "DataReport") -> Text:
         f"{longest} {report.longest_tokens:,} tokens",
     ]
     if report.rows_held_back:
-        parts.append(f"{report.rows_held_back:,} rows not trained on but watched for harm")
+        parts.append(f"{report.rows_held_back:,} rows held back from training, to see harm by")
     if report.rows_truncated:
         parts.append(f"{report.rows_truncated:,} truncated")
     if report.rows_dropped:

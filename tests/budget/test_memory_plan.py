@@ -191,6 +191,11 @@ def test_rows_are_no_longer_than_the_model_s_positions_and_the_plan_says_so() ->
     assert memory_plan(facts, config_from({"max_seq_length": 256}), CPU).notes == ()
 
 
+def test_layers_that_the_configuration_does_not_know_are_told() -> None:
+    (note,) = memory_plan(replace(FACTS, n_layers=FACTS.n_layers - 1), config_from({}), CPU).notes
+    assert note.startswith(f"config.json says {FACTS.n_layers - 1} layers: of the weights' {FACTS.n_layers} ")
+
+
 @pytest.mark.parametrize(
     ("stored_as", "settings", "flag"),
     [
@@ -248,7 +253,7 @@ def test_shrinking_takes_the_largest_micro_batch_that_fits_and_says_so() -> None
     size = fitted.config.micro_batch_size
     assert size is not None
     assert fitted.plan.fits
-    assert f"micro-batches of {size}" in fitted.notes[0]
+    assert f"micro-batches of {size}" in fitted.changes[0]
     twice = config.model_copy(update={"micro_batch_size": 2 * size})
     assert not memory_plan(WIDE, twice, GPU).fits
 
@@ -260,7 +265,7 @@ def test_a_plan_says_how_the_run_would_be_taken_that_does_not_fit_as_asked_for()
     assert not plan.fits
     assert plan.in_pieces is not None
     assert plan.in_pieces.device_bytes == fitted.plan.device_bytes
-    assert plan.in_pieces.how in fitted.notes[0]
+    assert plan.in_pieces.how in fitted.changes[0]
     refused = memory_plan(WIDE, config.model_copy(update={"on_overflow": "fail"}), GPU)
     assert (refused.can_run, refused.in_pieces) == (False, None)
 
@@ -362,7 +367,7 @@ def test_weights_of_four_times_the_limit_are_streamed_or_refused() -> None:
         fitted_run(deep, config, CPU)
     fitted = fitted_run(deep, config.model_copy(update={"on_overflow": "stream"}), CPU)
     assert fitted.config.offload == "layers"
-    assert "layers streamed" in fitted.notes[0]
+    assert "layers streamed" in fitted.changes[0]
     assert fitted.plan.fits
 
 
