@@ -22,7 +22,6 @@ HELD_BACK_SHARE = 1 / 10  # of the data at most
 ENOUGH_WATCHED = 16  # to tell a small gain from chance
 USUAL_BATCH = 16  # where fewer make a step, looks are rarer: they take the same share of a run
 CHANCE_ERRORS = 2.0  # standard errors of a mean difference: one look in 44 by chance lies further to either side
-START_ERRORS = 3.0  # of a gain over the start, for which each look of a run is another chance: one in 740
 LOST_DEVIATIONS = 2.0  # of single examples above the best state's mean: where a batch hardly lies by chance
 
 
@@ -83,7 +82,7 @@ def is_gain(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -
 
     Than the run's start by more than chance may give.
     """
-    return _errors_above(losses, best) < -(START_ERRORS if of_start else 0.0)
+    return _errors_above(losses, best) < -(CHANCE_ERRORS if of_start else 0.0)
 
 
 def has_paid(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -> bool:
