@@ -2,7 +2,8 @@
 
 shakespeare   lines of plays, as text                              a shift of language
 instruct      instructions and answers of a few words, alpaca      a shift of form
-sst2          is a film review great or terrible?                  two options
+sst2          is a film review great or terrible?                  two options; phrases to learn, sentences held out
+sst2-phrases  the same, with other phrases held out                two options
 trec          what does a question ask for?                        six options
 rte           does the second sentence follow from the first?      two options
 copa          which is the cause, or the effect?                   two options, each a sentence
@@ -13,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,9 @@ def _instruct(part: str) -> Iterator[Row]:
     yield from rows[:cut] if part == "train" else rows[cut:]
 
 
-def _sst2(part: str) -> Iterator[Row]:
-    path = DATA / "sst2" / {"train": "train.tsv", "held-out": "test.tsv"}[part]
+def _sst2(part: str, *, held_out: str = "test.tsv") -> Iterator[Row]:
+    """Phrases to train on; whole sentences, or with "dev.tsv" other such phrases, held out."""
+    path = DATA / "sst2" / {"train": "train.tsv", "held-out": held_out}[part]
     with path.open(encoding="utf-8", newline="") as stream:
         for row in csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE):
             prompt = f"{row['sentence'].strip()} It was"
@@ -101,6 +104,7 @@ TASKS = {
         Task("shakespeare", "lm", _shakespeare, 48, 96),
         Task("instruct", "lm", _instruct, 72, 96),
         Task("sst2", "choice", _sst2, 64, 192),
+        Task("sst2-phrases", "choice", partial(_sst2, held_out="dev.tsv"), 64, 192),
         Task("trec", "choice", _trec, 64, 192),
         Task("rte", "choice", _rte, 192, 96),
         Task("copa", "choice", _copa, 64, 96),
