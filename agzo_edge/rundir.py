@@ -48,6 +48,12 @@ _FREE_TO_CHANGE = {
     "micro_batch_size", "fuse_signs", "mlp_chunk_tokens", "logits_chunk", "offload",
 }  # fmt: skip
 
+_MUST_BE_THE_SAME = {
+    "base_sha256": "the base model",
+    "data_sha256": "the training data",
+    "rows_held_back": "the number of rows held back from training",
+}
+
 
 def require_unused(directory: Path) -> None:
     """Raise AdapterError, with what to do, when `directory` holds anything already."""
@@ -78,6 +84,7 @@ def header_of(config: RunConfig, model: EdgeModel, data: ExampleSet, *, mu: floa
         "mu": mu,
         "base_sha256": model.base_sha256(),
         "data_sha256": data.sha256,
+        "rows_held_back": data.report.rows_held_back,
         "layers": [[branch.name, branch.out_features, branch.group.index] for branch in model.branches],
         "group_in_features": [groups[index] for index in sorted(groups)],
         "transposed": model.transposed,
@@ -90,8 +97,8 @@ def require_same_run(header: Mapping[str, Any], now: Mapping[str, Any], *, direc
     """Raise AdapterError naming everything in which the run to resume differs from the one begun."""
     faults = [
         f"{what} has changed since the run began"
-        for field, what in (("base_sha256", "the base model"), ("data_sha256", "the training data"))
-        if header[field] != now[field]
+        for field, what in _MUST_BE_THE_SAME.items()
+        if header.get(field) != now[field]
     ]
     then, wanted = header["config"], now["config"]
     faults += [

@@ -1,6 +1,7 @@
 """What cannot be used is refused with exit code 2 and one message that says what to do; nothing is written."""
 
 import json
+import math
 import shutil
 import stat
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 import transformers
 from helpers import EXPERTS, SHAPE, save_tiny, tiny_checkpoint, tiny_tokenizer
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import agzo_edge
 from agzo_edge.cli.run import exit_code_of
@@ -112,6 +114,21 @@ def test_a_model_without_attention(bench: Bench) -> None:
     transformers.Mamba2ForCausalLM(config).save_pretrained(bench.root / "model")
     tiny_tokenizer().save_pretrained(bench.root / "model")
     bench.refused(bench.train(model=bench.root / "model"), "not a causal language model", "mamba2 has no attention")
+
+
+def test_weights_that_hold_nan_are_told_of_as_such(bench: Bench) -> None:
+    model = bench.copy_of_model()
+    weights = load_file(model / "model.safetensors")
+    next(tensor for name, tensor in weights.items() if name.endswith("down_proj.weight"))[0, 0] = math.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    bench.refused(bench.train(model=model), "gives no finite loss on any row: its weights hold NaN or infinite numbers")
+
+
+def test_a_configuration_with_more_layers_than_there_are_tensors(bench: Bench) -> None:
+    model = bench.copy_of_model()
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**9}))
+    bench.refused(bench.train(model=model), "config.json gives 1,000,000,000 layers")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])

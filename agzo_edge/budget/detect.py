@@ -120,10 +120,11 @@ def available_host_bytes() -> int:
     return min(available + [max(0, limit - used) for limit, used in cgroup_memory()])
 
 
-def free_disk_bytes(path: str) -> int:
-    """Free bytes of the disk that `path` lies on, or would."""
-    above = (Path(path).expanduser().absolute(), *Path(path).expanduser().absolute().parents)
-    return shutil.disk_usage(next(each for each in above if os.path.exists(each))).free  # noqa: PTH110  # no error
+def disk_bytes_for(directory: str) -> int:
+    """What a run in `directory` may take of the disk that it lies on, or would: what is free and what it has there."""
+    place = Path(directory).expanduser().absolute()
+    free = shutil.disk_usage(next(each for each in (place, *place.parents) if os.path.exists(each))).free  # noqa: PTH110  # no error
+    return free + sum(path.lstat().st_size for path in place.rglob("*") if path.is_file())
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:

@@ -138,6 +138,11 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
     linears = _linear_layers(checkpoint, hidden=hidden)
     if not linears:
         raise ModelError(f"{source}: no linear layer inside its blocks: nothing that AGZO could train")
+    n_layers = _size(config, source, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    if n_layers > len(checkpoint.tensors):
+        raise ModelError(
+            f"{source}: config.json gives {n_layers:,} layers, and has {len(checkpoint.tensors):,} tensors"
+        )
     tied = bool(config.get("tie_word_embeddings", False))
     parts = _rest_by_kind(checkpoint, linears, tied=tied)
     return ModelFacts(
@@ -151,7 +156,7 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
         other_entries=parts["other"],
         vocab_size=_size(config, source, "vocab_size"),
         hidden_size=hidden,
-        n_layers=_size(config, source, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+        n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=_size({"num_key_value_heads": n_heads} | _given(config), source, "num_key_value_heads"),
         head_dim=_size({"head_dim": hidden // n_heads} | _given(config), source, "head_dim"),

@@ -29,7 +29,7 @@ def open_checkpoint(source: str) -> Checkpoint:
     if path.exists():
         raise ModelError(f"{source}: is a file: give the directory that holds it and its config.json")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
-        raise ModelError(f"{source}: no such directory")
+        raise ModelError(f"{source}: no such directory: name the one that holds the model with --model")
     cached = _cached_directory(source)
     return read_checkpoint(cached, source=source) if cached is not None else _ask_hub(source)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from agzo_edge.budget.detect import free_disk_bytes
+from agzo_edge.budget.detect import disk_bytes_for
 from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.held import disk_components, held_components
 from agzo_edge.budget.job import UNKNOWN_DATA, Component, DataShape, Job, Where
@@ -42,7 +42,7 @@ class MemoryPlan:
     components: tuple[Component, ...]
     limit_bytes: int  # of the device that computes
     host_limit_bytes: int | None  # None: not checked, or the host is the device
-    disk_limit_bytes: int | None = None  # free where the run will be written; None: not known where
+    disk_limit_bytes: int | None = None  # for the run where it will be written; None: not known where
     largest_layer_bytes: int = 0  # as it is held: less than that no ladder reaches
     notes: tuple[str, ...] = ()  # what a person should know who asked for this
     changes: tuple[Saving, ...] = field(default=())
@@ -61,6 +61,11 @@ class MemoryPlan:
     def device_bytes(self) -> int:
         """The predicted peak on the device that computes: the GPU, or the host of a CPU run."""
         return self.bytes_on("device")
+
+    @property
+    def least_bytes(self) -> int:
+        """What the device must hold however the run is taken: the libraries and the largest layer's weights."""
+        return self.bytes_of("context") + self.largest_layer_bytes
 
     @property
     def headroom_bytes(self) -> int:
@@ -131,7 +136,7 @@ def predicted_memory(
         components=parts,
         limit_bytes=device_limit(config, profile),
         host_limit_bytes=None if job.on_cpu else host_limit(config, profile, device_bytes=device_bytes),
-        disk_limit_bytes=None if config.output_dir is None else free_disk_bytes(config.output_dir),
+        disk_limit_bytes=None if config.output_dir is None else disk_bytes_for(config.output_dir),
         largest_layer_bytes=max(job.layer_bytes(shape) for shape in facts.linears.values()),
         notes=tuple(_notes(job)),
     )

@@ -96,10 +96,10 @@ def require_fits(plan: MemoryPlan, *, in_smallest_pieces: int | None = None) -> 
 
 def _remedy(plan: MemoryPlan, limit_bytes: int) -> str:
     """What to try, in lines."""
-    if limit_bytes < plan.largest_layer_bytes + plan.bytes_of("context"):
+    if limit_bytes < plan.least_bytes:
+        least = format_bytes(plan.least_bytes)
         return (
-            f"The libraries and the largest layer's weights alone take "
-            f"{format_bytes(plan.largest_layer_bytes + plan.bytes_of('context'))}: raise the limit, or take a smaller "
+            f"The libraries and the largest layer's weights alone take {least}: raise the limit, or take a smaller "
             "model"
         )
     offered = [change for change in plan.changes if change.fits] or plan.changes

@@ -86,6 +86,9 @@ def verdict(plan: "MemoryPlan") -> Text:
         for change in plan.changes
     ]
     advice = "\nwhat saves memory:" + "".join(changes) if changes else "\na smaller model is needed"
+    if plan.limit_bytes < plan.least_bytes:
+        least = format_bytes(plan.least_bytes)
+        advice = f"\nthe libraries and the largest layer's weights alone take {least}: a higher limit is needed"
     if plan.in_pieces is None:
         return Text.assemble(("does not fit: ", "bold red"), f"{text}, {over}{advice}")
     taken = f"\n`train` takes it with {plan.in_pieces.how}: {format_bytes(plan.in_pieces.device_bytes)}"

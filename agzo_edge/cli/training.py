@@ -120,6 +120,9 @@ def show_plan(memory_plan: "MemoryPlan", *, as_json: bool) -> None:
         console.print()
         console.print(verdict(memory_plan))
         console.print(comparison(memory_plan))
-        print_lines(console, [fact("note", note, "yellow") for note in memory_plan.notes])
+        rows = (
+            f"counted with {memory_plan.row_tokens:,} tokens, the most they may have; `train` plans by those it finds"
+        )
+        print_lines(console, [fact("rows", rows), *(fact("note", note, "yellow") for note in memory_plan.notes)])
     if not memory_plan.can_run:
         raise typer.Exit(BudgetError.exit_code)

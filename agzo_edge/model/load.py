@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -31,6 +33,7 @@ _LOADING_FAILED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError),
     *(AssertionError, ImportError, RuntimeError, SafetensorError),
 )
+_OF_A_TOKENIZER = re.compile(r"tok|vocab|merges|piece|\.model$")  # in the names of its files
 
 
 def import_libraries() -> None:
@@ -120,33 +123,44 @@ def load_tokenizer(source: str, config: RunConfig) -> Any:
     """The tokenizer at `source`. Raises ModelError when it has none that can be read."""
     from transformers import AutoTokenizer
 
-    try:
+    directory = Path(source).expanduser()
+    if directory.is_dir() and not any(_OF_A_TOKENIZER.search(path.name) for path in directory.iterdir()):
+        raise ModelError(
+            f"{source}: holds no tokenizer: copy tokenizer.json and tokenizer_config.json there from where the model is"
+        )
+    with _refused(source, "no tokenizer can be read"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    except _LOADING_FAILED as error:
-        raise ModelError(f"{source}: no tokenizer can be read: {_reason(error)}") from None
 
 
 def _pretrained(source: str, config: RunConfig, *, dtype: torch.dtype) -> Any:
     """The transformers model as its files hold it: the weights are mapped, and take memory only when they are read."""
     from transformers import AutoModelForCausalLM
 
-    try:
+    with _refused(source, "cannot be loaded"), _quiet_loader():
         _refuse_other_quantization(source, config)
-        with _quiet_loader():
-            network, info = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype="auto",
-                device_map={"": "cpu"},
-                use_safetensors=True,
-                trust_remote_code=config.trust_remote_code,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                output_loading_info=True,
-            )
-    except _LOADING_FAILED as error:
-        raise ModelError(f"{source}: cannot be loaded: {_reason(error)}") from None
+        network, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype="auto",
+            device_map={"": "cpu"},
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
     _refuse_incomplete(info, source)
     _renew_buffers(network, dtype)
     return network
+
+
+@contextmanager
+def _refused(source: str, what: str) -> Iterator[None]:
+    """Inside, what a loader raises at broken or odd files is a ModelError."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ModelError(f"{source}: config.json cannot be used: {_reason(error)}") from None
+    except _LOADING_FAILED as error:
+        raise ModelError(f"{source}: {what}: {_reason(error)}") from None
 
 
 @contextmanager

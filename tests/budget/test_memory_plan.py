@@ -11,6 +11,7 @@ from checkpoints import llama_facts
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agzo_edge.budget.detect import disk_bytes_for
 from agzo_edge.budget.held import CPU_COLUMNS
 from agzo_edge.budget.job import DataShape, layer_bytes
 from agzo_edge.budget.memory import MemoryPlan, job_of, predicted_memory
@@ -213,6 +214,9 @@ def test_flags_that_a_saved_quantized_checkpoint_overrules_are_named(stored_as: 
 def test_a_run_that_its_disk_cannot_hold_is_refused(tmp_path: Path) -> None:
     plan = memory_plan(FACTS, config_from({"output_dir": str(tmp_path / "not" / "yet")}), CPU)
     assert plan.disk_limit_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.01)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "state").write_bytes(bytes(3 * MIB))
+    assert disk_bytes_for(str(tmp_path)) - shutil.disk_usage(tmp_path).free == 3 * MIB, "a resumed run's own"
     assert plan.fits
     with pytest.raises(BudgetError, match=r"(?s)on the disk of its output directory.*bases.*another --output-dir"):
         require_fits(replace(plan, disk_limit_bytes=plan.bytes_on("disk") - 1))

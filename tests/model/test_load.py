@@ -198,6 +198,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "broken config": (lambda d: (d / "config.json").write_text("{"), "not a valid JSON"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer"),
+    "no file of a tokenizer": (
+        lambda d: [path.unlink() for path in d.glob("token*")],
+        "holds no tokenizer: copy tokenizer.json",
+    ),
+    "layers that are fewer than their kinds": (
+        lambda d: edited_config(
+            d, model_type="qwen3", architectures=["Qwen3ForCausalLM"], layer_types=["full_attention"] * 9
+        ),
+        "config.json cannot be used: .*number of `layer_types`",
+    ),
     "other shape": (
         lambda d: edited_config(d, vocab_size=200),
         r"embed_tokens.weight: \(300, 64\) in the file",
