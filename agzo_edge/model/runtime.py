@@ -198,7 +198,7 @@ def _layer_inputs(model: EdgeModel) -> dict[str, Tensor]:
             ours = model.logits(hidden)
             ids[:, -1] += 1
             before_last = model.hidden_states(ids)[:, :-1]
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:  # the last: of a layer of ours
         if is_out_of_memory(error):
             raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0]

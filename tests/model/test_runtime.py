@@ -55,6 +55,19 @@ def test_a_basis_is_never_wider_than_its_input() -> None:
     assert {branch.c.shape[1] for branch in narrow.branches if "down_proj" in branch.name} == {40}
 
 
+def test_a_forward_that_reads_a_layers_weight_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    real = modeling_llama.LlamaMLP.forward
+
+    def looking(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return real(self, x.to(self.down_proj.weight.dtype))
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", looking)
+    with pytest.raises(ModelError, match=r"its own forward pass fails: .*'weight'"):
+        load_model(tiny_checkpoint("llama"), run_config())
+
+
 def test_layers_that_the_forward_never_calls_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 
