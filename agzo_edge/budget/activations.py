@@ -12,6 +12,7 @@ from typing import NamedTuple
 from agzo_edge.budget.job import FLOAT32_BYTES, Job, folded_rank
 
 SIGN_ENTRY_BYTES = 0.75  # packed bits, the words they came from, the index of each byte's eight signs
+DELTA_CHUNK = 64  # tokens that the gated delta rule takes at once
 CAPPED_QUERIES = 256  # whose scores exist at once, where attention caps them
 GAUSSIAN_ENTRY_BYTES = 40  # float64 words, uniforms, radius, angle and values, on the CPU
 
@@ -64,6 +65,7 @@ def block_moments(job: Job) -> Iterator[Moment]:
     """The moments of one block at which a pass may be at its fullest."""
     yield exact_attention(job) if job.exact else attention(job)
     yield attention_output(job)
+    yield from delta_rule(job)
     yield from mlp(job)
     if not job.exact:
         yield from finding_bases(job)
@@ -94,6 +96,23 @@ def attention(job: Job) -> Moment:
     if mask and not scores:  # as the kernel takes it: a number for each pair
         mask += job.rows * job.row_tokens**2 * b
     return Moment(name="attention", activations=job.tokens * per_token * b + scores, mask=mask)
+
+
+def delta_rule(job: Job) -> Iterator[Moment]:
+    """Linear attention in torch's own operations, where the model has any: chunks of 64 tokens, in float32.
+
+    In its scan five tensors are as wide as the keys of all heads and four as the values, three have 64
+    decays for each head, and a row has four copies of its state, keys x values of each head. Beside them stand the
+    projections, counted as if keys had as many heads as values.
+    """
+    facts, rule = job.facts, job.facts.block.delta_rule
+    if rule is None:
+        return
+    chunked_tokens = job.rows * -(-job.row_tokens // DELTA_CHUNK) * DELTA_CHUNK
+    of_token = 5 * rule.key_dim + 4 * rule.value_dim + 3 * DELTA_CHUNK
+    scan = rule.heads * (chunked_tokens * of_token + job.rows * 4 * rule.key_dim * rule.value_dim)
+    projections = _outer(job) * facts.hidden_size + 2 * rule.heads * (rule.key_dim + rule.value_dim)
+    yield Moment(name="linear attention", activations=scan * FLOAT32_BYTES + job.tokens * projections * job.value_bytes)
 
 
 def attention_output(job: Job) -> Moment:

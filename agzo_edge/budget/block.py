@@ -20,6 +20,15 @@ _EAGER = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaRule:
+    """Linear attention by the gated delta rule, as some layers of Qwen3-Next, Qwen3.5 and OLMo Hybrid have it."""
+
+    heads: int  # of values; queries and keys are repeated to as many
+    key_dim: int  # of one head
+    value_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """A block by what it keeps while it computes."""
 
@@ -30,6 +39,7 @@ class Block:
     positions_by_row: bool  # the added positions are looked up for every row (OPT), not once for all (GPT-2)
     keeps_scores: bool  # attention is written out, and keeps its (tokens, tokens) scores until the block's end
     caps_scores: bool  # attention is ours, some queries at a time: no fused kernel knows a soft cap (Gemma 2)
+    delta_rule: DeltaRule | None  # of the layers whose attention is linear
     window: int | None  # tokens that a token sees in some layers: rows as long or longer need a mask for it
 
 
@@ -45,8 +55,20 @@ def block_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]], 
         positions_by_row="embed_positions" in tables,
         keeps_scores=config.get("model_type") in _EAGER,
         caps_scores=bool(config.get("attn_logit_softcapping")),
+        delta_rule=_delta_rule(config),
         window=_window(config),
     )
+
+
+def _delta_rule(config: Mapping[str, Any]) -> DeltaRule | None:
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and "linear_attention" not in kinds:
+        return None
+    sizes = [config.get(f"linear_{name}") for name in ("num_value_heads", "key_head_dim", "value_head_dim")]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        return None
+    heads, key_dim, value_dim = (int(str(size)) for size in sizes)
+    return DeltaRule(heads=heads, key_dim=key_dim, value_dim=value_dim)
 
 
 def _mlp_width(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> int:

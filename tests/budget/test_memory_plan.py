@@ -429,3 +429,17 @@ def test_the_copy_of_the_folded_windows_is_as_wide_as_the_products_fill_it() -> 
     width = sum(out + inp for out, inp in job_of(FACTS, config, CPU).targets.values())
     on_cpu, on_gpu = (component(memory_plan(FACTS, config, profile), "adapter") for profile in (CPU, GPU))
     assert on_cpu - on_gpu == width * 4 * 2
+
+
+def test_linear_attention_s_chunks_are_counted_in_float32() -> None:
+    sizes = {"linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 16}
+    settings = {"max_seq_length": 100, "batch_size": 8, "dtype": "bfloat16", "device": "cpu"}
+    names = []
+    for kinds in (["linear_attention", "full_attention"], ["full_attention"] * 2):
+        job = job_of(llama_facts(**sizes, layer_types=kinds), config_from(settings), CPU)
+        names.append({moment.name: moment for moment in moments(job)})
+    assert "linear attention" not in names[1]
+    rows, chunked = 16, 16 * 128
+    scan = 4 * (chunked * (5 * 32 + 4 * 16 + 3 * 64) + rows * 4 * 32 * 16) * 4
+    projections = rows * 100 * (3 * llama_facts().hidden_size + 2 * 4 * (32 + 16)) * 2
+    assert names[0]["linear attention"].activations == scan + projections

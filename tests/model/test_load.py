@@ -26,6 +26,7 @@ from helpers import (
 )
 from torch.testing import assert_close
 
+from agzo_edge.budget.block import DeltaRule
 from agzo_edge.budget.facts import model_facts
 from agzo_edge.errors import ModelError
 from agzo_edge.model.load import load_model
@@ -64,6 +65,20 @@ def test_a_hybrid_s_state_space_mixers_are_left_as_they_are(tmp_path: Path) -> N
     assert {"q_proj", "down_proj"} <= {name.rpartition(".")[2] for name in model.layers}
     assert not any("mamba" in name for name in model.layers)
     assert set(facts.targets(config.target_modules)) == set(model.layers)
+    assert_logits_are_those_of_the_dense_model(model)
+
+
+def test_layers_of_linear_attention_are_trained_like_any(tmp_path: Path) -> None:
+    rule = {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    save_tiny(transformers.Qwen3_5TextConfig(**SHAPE | rule | {"num_hidden_layers": 4}), tmp_path)
+    model, facts = load_model(str(tmp_path), run_config(load_in_4bit=True)), model_facts(str(tmp_path))
+    assert facts.block.delta_rule == DeltaRule(heads=4, key_dim=8, value_dim=8)
+    assert any(name.endswith("linear_attn.out_proj") for name in model.layers)
     assert_logits_are_those_of_the_dense_model(model)
 
 
