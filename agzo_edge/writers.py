@@ -15,6 +15,13 @@ _MLP = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "w2", "fc_out")
 
 _STATE_SPACE = re.compile(r"\.mamba\.")  # as Falcon H1, Granite 4, Bamba and Jamba name them
 
+_BESIDE_TEXT = re.compile(r"vision|visual|audio|multi_modal")  # towers of Gemma 3, Qwen3.5 and the like
+
+
+def is_beside_text(name: str) -> bool:
+    """Whether the layer or tensor of this path is for images or sound: no text passes it, and it stays in its file."""
+    return _BESIDE_TEXT.search(name) is not None
+
 
 def is_in_state_space(name: str) -> bool:
     """Whether the layer of this path is in a state-space mixer, whose kernels read its weight: it is left as it is."""

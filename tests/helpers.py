@@ -68,6 +68,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
+IMAGES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
 _ROOT = Path(tempfile.mkdtemp(prefix="agzo-edge-tests-"))
 atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)
 
@@ -94,6 +96,12 @@ def save_tiny(config: Any, directory: Path, *, model_class: Any = transformers.A
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+def tiny_with_images(directory: Path) -> Path:
+    """A Gemma 3 with a tower for images, whose tensors have other names in the file than in the model."""
+    sizes = IMAGES | {"image_size": 32, "patch_size": 8}
+    return save_tiny(transformers.Gemma3Config(text_config=SHAPE, vision_config=sizes), directory)
 
 
 @cache

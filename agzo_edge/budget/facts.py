@@ -10,7 +10,7 @@ from agzo_edge.budget.headers import QUANT_STATE, Checkpoint, StoredTensor
 from agzo_edge.budget.hub import open_checkpoint
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, numbered
-from agzo_edge.writers import ALL_LINEAR, is_in_state_space, targets_among, writes_to_residual
+from agzo_edge.writers import ALL_LINEAR, is_beside_text, is_in_state_space, targets_among, writes_to_residual
 
 StoredAs = Literal["dense", "4bit", "4bit-nested", "8bit"]
 
@@ -20,7 +20,6 @@ _WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 _HEAD_COUNTS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-_NOT_TEXT = re.compile(r"vision|visual|audio|multi_modal|\.experts\.")
 MLP_MODULES = ("mlp", "feed_forward", "ffn")  # of a block's part that knows no neighbouring tokens
 _IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")
 
@@ -220,7 +219,7 @@ def _linear_layers(checkpoint: Checkpoint, *, hidden: int) -> dict[str, tuple[in
         layer = name.removesuffix(".weight")
         if layer == name or len(tensor.shape) != 2 or not _IN_BLOCK.search(name):
             continue
-        if _NOT_TEXT.search(name) or is_in_state_space(name):
+        if is_beside_text(name) or is_in_state_space(name) or ".experts." in name:
             continue
         shape = (tensor.shape[0], tensor.shape[1])
         if f"{name}.absmax" in checkpoint.tensors:
@@ -265,11 +264,13 @@ def _stored_as(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]]) -
 
 
 def _rest_by_kind(checkpoint: Checkpoint, linears: Mapping[str, Any], *, tied: bool) -> dict[str, int]:
-    """Entries of all tensors that are no adaptable layer: embeddings, head, other."""
+    """Entries of all tensors that are no adaptable layer and that text meets: embeddings, head, other."""
     entries = {"embeddings": 0, "head": 0, "other": 0}
     for name, tensor in checkpoint.tensors.items():
         layer, _, part = name.rpartition(".")
         if (part == "weight" and layer in linears) or part in ("SCB", "weight_format") or _is_companion(name):
+            continue
+        if is_beside_text(name):
             continue
         leaf = layer.rsplit(".", 1)[-1]
         if leaf in _HEADS and part == "weight":

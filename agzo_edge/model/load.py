@@ -26,7 +26,7 @@ from agzo_edge.model.pieces import let_mlps_work_in_pieces
 from agzo_edge.model.runtime import EdgeModel, attach_branches, require_guidable
 from agzo_edge.model.weights import HeldWeight, base_weight_of, linear_layers, quantized, rehoused
 from agzo_edge.model.workspace import Workspace
-from agzo_edge.writers import ALL_LINEAR, targets_among
+from agzo_edge.writers import ALL_LINEAR, is_beside_text, targets_among
 
 # What broken or odd files of a model make its loaders raise; an assertion is theirs, not ours.
 _LOADING_FAILED = (
@@ -109,10 +109,10 @@ def _replace_layers(
 
 
 def _place_the_rest(network: Any, config: RunConfig, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Move embeddings, head, norms and buffers out of their files, in the compute dtype."""
+    """Move embeddings, head, norms and buffers that text meets out of their files, in the compute dtype."""
     place_embeddings(network, place_of(device, outside=config.offload != "none", dtype=dtype))
-    for module in network.modules():
-        if not isinstance(module, nn.Embedding):
+    for name, module in network.named_modules():
+        if not isinstance(module, nn.Embedding) and not is_beside_text(name):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(device, dtype, copy=True)
     for buffer in network.buffers():

@@ -16,7 +16,7 @@ from agzo_edge.errors import ModelError
 from agzo_edge.model.four_bit import FourBitWeight
 from agzo_edge.model.workspace import Workspace
 from agzo_edge.numerics.update import stochastically_rounded
-from agzo_edge.writers import is_in_state_space
+from agzo_edge.writers import is_beside_text, is_in_state_space
 
 
 class BaseWeight(Protocol):
@@ -217,9 +217,9 @@ def base_weight_of(
 
 
 def linear_layers(network: nn.Module) -> dict[str, Any]:
-    """The layers that base weights are made of, by path: all linear ones but those of state-space mixers."""
-    modules = network.named_modules()
-    return {name: module for name, module in modules if is_linear(module) and not is_in_state_space(name)}
+    """The layers that base weights are made of, by path: all linear ones that text passes but state-space mixers'."""
+    linear = {name: module for name, module in network.named_modules() if is_linear(module)}
+    return {name: module for name, module in linear.items() if not is_in_state_space(name) and not is_beside_text(name)}
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """A full checkpoint with the adapter added to its weights, one tensor in memory at a time."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from agzo_edge.serve.dequantized import dequantized_tensors, original_dtype
 from agzo_edge.serve.tensor_file import FLOATS, LazyTensor, lazy_tensors, stored_as, write_tensor_file
 
 _SUMMANDS = (*FLOATS.values(), torch.float64)
+_WRAPPERS = re.compile(r"^((model|language_model)\.)+")
 _COPIED = ("generation_config.json", *TOKENIZER_NAMES)
 
 
@@ -128,10 +130,19 @@ def _misfit(tensor: LazyTensor, shape: LinearShape) -> str | None:
 
 
 def _stored_names(name: str, stored: Mapping[str, LazyTensor]) -> list[str]:
-    """What `name` may be called in the file: itself, or a prefix less or more (GPT-2's "transformer.")."""
+    """What `name` may be called in the file: itself, or a prefix less or more (GPT-2's "transformer.").
+
+    Where none is, as Gemma 3's with images: what it is called beneath "model." and "language_model.", in any order.
+    """
     if name in stored:
         return [name]
-    return [other for other in stored if name.endswith(f".{other}") or other.endswith(f".{name}")]
+    related = [other for other in stored if name.endswith(f".{other}") or other.endswith(f".{name}")]
+    return related or [other for other in stored if _beneath_wrappers(other) == _beneath_wrappers(name)]
+
+
+def _beneath_wrappers(name: str) -> str:
+    """A tensor's name without the names of the models around it."""
+    return _WRAPPERS.sub("", name)
 
 
 def _merged(tensor: LazyTensor, change: _Change | None, dtype: str | None) -> LazyTensor:

@@ -23,6 +23,7 @@ from helpers import (
     tiny_batch,
     tiny_checkpoint,
     tiny_model,
+    tiny_with_images,
 )
 from torch.testing import assert_close
 
@@ -65,6 +66,16 @@ def test_a_hybrid_s_state_space_mixers_are_left_as_they_are(tmp_path: Path) -> N
     assert {"q_proj", "down_proj"} <= {name.rpartition(".")[2] for name in model.layers}
     assert not any("mamba" in name for name in model.layers)
     assert set(facts.targets(config.target_modules)) == set(model.layers)
+    assert_logits_are_those_of_the_dense_model(model)
+
+
+def test_a_tower_for_images_is_no_part_of_the_model(tmp_path: Path) -> None:
+    source, text = str(tiny_with_images(tmp_path)), model_facts(tiny_checkpoint("gemma3"))
+    config = run_config(target_modules=("all-linear",), load_in_4bit=True)
+    model, facts = load_model(source, config), model_facts(source)
+    assert len(model.layers) == len(facts.targets(config.target_modules)) == len(text.linears)
+    assert not any("vision" in name for name in [*model.layers, *facts.linears])
+    assert facts.other_entries == text.other_entries
     assert_logits_are_those_of_the_dense_model(model)
 
 

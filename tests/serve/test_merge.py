@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from exporting import add_, files_in, layers_of, logits, make_adapter
-from helpers import VOCAB, reference, tiny_checkpoint
+from exporting import add_, files_in, layers_of, logits, make_adapter, random_pairs
+from helpers import VOCAB, reference, tiny_checkpoint, tiny_with_images
 from safetensors.torch import load_file, save_file
 
 from agzo_edge.errors import AdapterError, ModelError
@@ -87,6 +87,16 @@ def test_a_gpt2_checkpoint_without_its_prefix_is_merged(tmp_path: Path) -> None:
     export_adapter(tmp_path / "adapter", to="merged", output=tmp_path / "out", model_source=str(base))
     expected = logits(add_(reference(source), pairs))
     torch.testing.assert_close(logits(reference(str(tmp_path / "out"))), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_whose_names_are_otherwise_nested_is_merged(tmp_path: Path) -> None:
+    source = str(tiny_with_images(tmp_path / "base"))
+    of_text = {name: pair for name, pair in random_pairs(reference(source)).items() if "language_model" in name}
+    save_adapter(tmp_path / "adapter", of_text, base_model=source, transposed=False, card="")
+    export_adapter(tmp_path / "adapter", to="merged", output=tmp_path / "out")
+    expected = logits(add_(reference(source), of_text))
+    torch.testing.assert_close(logits(reference(str(tmp_path / "out"))), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(expected, logits(reference(source)))
 
 
 @pytest.mark.parametrize(
