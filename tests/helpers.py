@@ -20,7 +20,7 @@ from agzo_edge.budget.plan import Rung
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.model.branch import Branch
 from agzo_edge.model.linear import FrozenLinear
-from agzo_edge.model.load import load_model
+from agzo_edge.model.load import auto_class_for, load_model
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.train.data import Batch, Example, collate, micro_batches
@@ -98,10 +98,13 @@ def save_tiny(config: Any, directory: Path, *, model_class: Any = transformers.A
     return directory
 
 
-def tiny_with_images(directory: Path) -> Path:
-    """A Gemma 3 with a tower for images, whose tensors have other names in the file than in the model."""
-    sizes = IMAGES | {"image_size": 32, "patch_size": 8}
-    return save_tiny(transformers.Gemma3Config(text_config=SHAPE, vision_config=sizes), directory)
+def tiny_with_images(directory: Path, family: str = "Gemma3Config") -> Path:
+    """A model with a tower for images, whose tensors have other names in the file than in the model."""
+    tower = IMAGES | {"image_size": 32, "patch_size": 8, "head_dim": 16}
+    tower |= {"depth": 2, "num_heads": 2, "out_hidden_size": 64}  # as Qwen names them
+    text = SHAPE | ({"model_type": "mistral"} if family == "Mistral3Config" else {})
+    config = getattr(transformers, family)(text_config=text, vision_config=tower)
+    return save_tiny(config, directory, model_class=auto_class_for(config))
 
 
 @cache
@@ -129,8 +132,8 @@ def tiny_model(family: str = "llama", **settings: Any) -> EdgeModel:
 
 def reference(source: str, *, dtype: torch.dtype = torch.float32) -> Any:
     """transformers' own model of a directory, unquantized, with the attention that knows every variant."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
-    return model.eval()
+    auto_class = auto_class_for(transformers.AutoConfig.from_pretrained(source))
+    return auto_class.from_pretrained(source, dtype=dtype, attn_implementation="eager").eval()
 
 
 def dense_reference(model: EdgeModel, change: Callable[[Branch], Tensor] | None = None) -> Any:

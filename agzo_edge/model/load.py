@@ -134,11 +134,12 @@ def load_tokenizer(source: str, config: RunConfig) -> Any:
 
 def _pretrained(source: str, config: RunConfig, *, dtype: torch.dtype) -> Any:
     """The transformers model as its files hold it: the weights are mapped, and take memory only when they are read."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with _refused(source, "cannot be loaded"), _quiet_loader():
-        _refuse_other_quantization(source, config)
-        network, info = AutoModelForCausalLM.from_pretrained(
+        found = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        _refuse_other_quantization(found, source)
+        network, info = auto_class_for(found).from_pretrained(
             source,
             dtype="auto",
             device_map={"": "cpu"},
@@ -202,16 +203,23 @@ def _refuse_incomplete(info: Any, source: str) -> None:
         raise ModelError(f"{source}: is no whole causal language model:\n{numbered(faults)}")
 
 
-def _refuse_other_quantization(source: str, config: RunConfig) -> None:
-    """Raise ModelError for a checkpoint that is quantized by something else than bitsandbytes."""
-    from transformers import AutoConfig
-
-    found = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+def _refuse_other_quantization(found: Any, source: str) -> None:
+    """Raise ModelError for a configuration of a checkpoint that is quantized by something else than bitsandbytes."""
     stored = getattr(found, "quantization_config", None)
     if stored is not None:
         method = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
         if method != "bitsandbytes":
             raise ModelError(f"{source}: is quantized by {method}; only bitsandbytes can be read")
+
+
+def auto_class_for(found: Any) -> Any:
+    """The auto class of transformers for a configuration: that of images and text where there is none of text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    of_text, of_images = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    known = type(found) in of_text or type(found) not in of_images
+    return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
 def target_names(network: Any, wanted: Sequence[str] | None, *, source: str) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from agzo_edge.errors import AdapterError, ModelError, numbered
+from agzo_edge.model.load import auto_class_for
 from agzo_edge.model.weights import base_weight_of, linear_layers
 from agzo_edge.record.adapter import LowRankPair
 from agzo_edge.record.strict_json import strict_object
@@ -85,11 +86,9 @@ def linear_shapes(base: BaseFiles) -> dict[str, LinearShape]:
     The model is built without memory for its weights. A head that shares the embeddings' weight is left out:
     a change to it would change the embeddings too.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(base.config)
+            network = auto_class_for(base.config).from_config(base.config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{base.source}: no causal language model: {_first_line(error)}") from None
     tied_head = network.get_output_embeddings() if is_tied(base.config) else None

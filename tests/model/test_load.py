@@ -69,8 +69,11 @@ def test_a_hybrid_s_state_space_mixers_are_left_as_they_are(tmp_path: Path) -> N
     assert_logits_are_those_of_the_dense_model(model)
 
 
-def test_a_tower_for_images_is_no_part_of_the_model(tmp_path: Path) -> None:
-    source, text = str(tiny_with_images(tmp_path)), model_facts(tiny_checkpoint("gemma3"))
+@pytest.mark.parametrize(
+    ("family", "like"), [("Gemma3Config", "gemma3"), ("Qwen3VLConfig", "qwen3"), ("Mistral3Config", "mistral")]
+)
+def test_a_tower_for_images_is_no_part_of_the_model(tmp_path: Path, family: str, like: str) -> None:
+    source, text = str(tiny_with_images(tmp_path, family)), model_facts(tiny_checkpoint(like))
     config = run_config(target_modules=("all-linear",), load_in_4bit=True)
     model, facts = load_model(source, config), model_facts(source)
     assert len(model.layers) == len(facts.targets(config.target_modules)) == len(text.linears)
