@@ -64,11 +64,9 @@ def _delta_rule(config: Mapping[str, Any]) -> DeltaRule | None:
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and "linear_attention" not in kinds:
         return None
-    sizes = [config.get(f"linear_{name}") for name in ("num_value_heads", "key_head_dim", "value_head_dim")]
-    if not all(type(size) is int and size > 0 for size in sizes):
-        return None
-    heads, key_dim, value_dim = (int(str(size)) for size in sizes)
-    return DeltaRule(heads=heads, key_dim=key_dim, value_dim=value_dim)
+    given = (config.get(f"linear_{name}") for name in ("num_value_heads", "key_head_dim", "value_head_dim"))
+    sizes = [size for size in given if type(size) is int and size > 0]
+    return DeltaRule(heads=sizes[0], key_dim=sizes[1], value_dim=sizes[2]) if len(sizes) == 3 else None
 
 
 def _mlp_width(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> int:

@@ -121,10 +121,11 @@ def available_host_bytes() -> int:
 
 
 def disk_bytes_for(directory: str) -> int:
-    """What a run in `directory` may take of the disk that it lies on, or would: what is free and what it has there."""
+    """What a run in `directory` may take of the disk that it lies on, or would: what is free, and what it has there."""
     place = Path(directory).expanduser().absolute()
     free = shutil.disk_usage(next(each for each in (place, *place.parents) if os.path.exists(each))).free  # noqa: PTH110  # no error
-    return free + sum(path.lstat().st_size for path in place.rglob("*") if path.is_file())
+    begun = place.rglob("*") if (place / "journal.jsonl").is_file() else ()  # of anything else not a file is looked at
+    return free + sum(path.lstat().st_size for path in begun if path.is_file())
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:

@@ -140,7 +140,7 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
     n_layers = _size(config, source, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
     if n_layers > len(checkpoint.tensors):
         raise ModelError(
-            f"{source}: config.json gives {n_layers:,} layers, and has {len(checkpoint.tensors):,} tensors"
+            f"{source}: config.json gives {n_layers:,} layers, and the weights are {len(checkpoint.tensors):,} tensors"
         )
     tied = bool(config.get("tie_word_embeddings", False))
     parts = _rest_by_kind(checkpoint, linears, tied=tied)
