@@ -268,9 +268,9 @@ def _rest_by_kind(checkpoint: Checkpoint, linears: Mapping[str, Any], *, tied: b
     entries = {"embeddings": 0, "head": 0, "other": 0}
     for name, tensor in checkpoint.tensors.items():
         layer, _, part = name.rpartition(".")
-        if (part == "weight" and layer in linears) or part in ("SCB", "weight_format") or _is_companion(name):
+        if (part == "weight" and layer in linears) or is_beside_text(name):
             continue
-        if is_beside_text(name):
+        if part in ("SCB", "weight_format") or _is_companion(name):
             continue
         leaf = layer.rsplit(".", 1)[-1]
         if leaf in _HEADS and part == "weight":

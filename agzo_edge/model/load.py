@@ -109,7 +109,7 @@ def _replace_layers(
 
 
 def _place_the_rest(network: Any, config: RunConfig, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Move embeddings, head, norms and buffers that text meets out of their files, in the compute dtype."""
+    """Move embeddings, head and norms that text meets, and buffers, out of their files, in the compute dtype."""
     place_embeddings(network, place_of(device, outside=config.offload != "none", dtype=dtype))
     for name, module in network.named_modules():
         if not isinstance(module, nn.Embedding) and not is_beside_text(name):
@@ -128,7 +128,7 @@ def load_tokenizer(source: str, config: RunConfig) -> Any:
         raise ModelError(
             f"{source}: holds no tokenizer: copy tokenizer.json and tokenizer_config.json there from where the model is"
         )
-    with _refused(source, "no tokenizer can be read"):
+    with refused_as_model(source, "no tokenizer can be read"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
 
 
@@ -136,7 +136,7 @@ def _pretrained(source: str, config: RunConfig, *, dtype: torch.dtype) -> Any:
     """The transformers model as its files hold it: the weights are mapped, and take memory only when they are read."""
     from transformers import AutoConfig
 
-    with _refused(source, "cannot be loaded"), _quiet_loader():
+    with refused_as_model(source, "cannot be loaded"), _quiet_loader():
         found = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
         _refuse_other_quantization(found, source)
         network, info = auto_class_for(found).from_pretrained(
@@ -154,7 +154,7 @@ def _pretrained(source: str, config: RunConfig, *, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _refused(source: str, what: str) -> Iterator[None]:
+def refused_as_model(source: str, what: str) -> Iterator[None]:
     """Inside, what a loader raises at broken or odd files is a ModelError."""
     try:
         yield

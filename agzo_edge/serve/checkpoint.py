@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from agzo_edge.errors import AdapterError, ModelError, numbered
-from agzo_edge.model.load import auto_class_for
+from agzo_edge.model.load import auto_class_for, refused_as_model
 from agzo_edge.model.weights import base_weight_of, linear_layers
 from agzo_edge.record.adapter import LowRankPair
 from agzo_edge.record.strict_json import strict_object
@@ -57,10 +57,8 @@ def open_base(source: str, *, with_weights: bool) -> BaseFiles:
     if not directory.is_dir():
         directory = _downloaded(source, with_weights=with_weights)
     fields = _json_object(directory / CONFIG_NAME)
-    try:
+    with refused_as_model(source, f"{CONFIG_NAME} cannot be used"):
         config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{source}: {CONFIG_NAME} cannot be used: {_first_line(error)}") from None
     return BaseFiles(source, directory, fields, config)
 
 
@@ -86,11 +84,8 @@ def linear_shapes(base: BaseFiles) -> dict[str, LinearShape]:
     The model is built without memory for its weights. A head that shares the embeddings' weight is left out:
     a change to it would change the embeddings too.
     """
-    try:
-        with torch.device("meta"):
-            network = auto_class_for(base.config).from_config(base.config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{base.source}: no causal language model: {_first_line(error)}") from None
+    with refused_as_model(base.source, "no causal language model"), torch.device("meta"):
+        network = auto_class_for(base.config).from_config(base.config)
     tied_head = network.get_output_embeddings() if is_tied(base.config) else None
     shapes = {}
     for name, module in linear_layers(network).items():

@@ -52,11 +52,9 @@ def load_examples(
     away = set(held_back(examples, config) if split == "train" else ())
     kept = [example for place, example in enumerate(examples) if place not in away]
     watched = [examples[place] for place in sorted(away)]
-    report = replace(
-        tally.report(maker.format, padding=_padding(kept, config, split=split)),
-        rows_held_back=len(watched),
-        label_tokens=sum(example.label_tokens for example in kept),
-    )
+    report = tally.report(maker.format, padding=_padding(kept, config, split=split))
+    n_labels = report.label_tokens - sum(example.label_tokens for example in watched)
+    report = replace(report, rows_held_back=len(watched), label_tokens=n_labels)
     return ExampleSet(kept, report, _sha256(examples), sample_of(examples[0], tokenizer), held_back=watched)
 
 

@@ -23,6 +23,7 @@ from agzo_edge.errors import BudgetError, ConfigError, ModelError
 from agzo_edge.model.memory import KEPT_MATMULS
 from agzo_edge.numerics.loss import GRADIENT_PIECES
 from agzo_edge.numerics.products import BLOCK_ROWS, WIDTH
+from agzo_edge.rundir import JOURNAL_NAME
 from agzo_edge.units import GIB, MIB
 
 FACTS = llama_facts()
@@ -217,7 +218,7 @@ def test_a_run_that_its_disk_cannot_hold_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "state").write_bytes(bytes(3 * MIB))
     assert disk_bytes_for(str(tmp_path)) == pytest.approx(shutil.disk_usage(tmp_path).free, abs=MIB)
-    (tmp_path / "journal.jsonl").write_bytes(b"")
+    (tmp_path / JOURNAL_NAME).write_bytes(b"")
     own = disk_bytes_for(str(tmp_path)) - shutil.disk_usage(tmp_path).free
     assert own == pytest.approx(3 * MIB, abs=MIB), "a resumed run's own"
     assert plan.fits

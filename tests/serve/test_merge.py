@@ -191,6 +191,7 @@ def test_a_trained_head_of_its_own_is_merged(tmp_path: Path) -> None:
     [
         (lambda base: (base / "config.json").unlink(), "no config.json"),
         (lambda base: (base / "config.json").write_text("{"), "config.json"),
+        (lambda base: disagree(base), "config.json cannot be used: .*number of `layer_types`"),
         (lambda base: (base / "model.safetensors").unlink(), "only safetensors is read"),
         (lambda base: (base / "model.safetensors").write_bytes(b"x" * 64), "cannot be read as safetensors"),
         (lambda base: rename_a_tensor(base), r"q_proj: 0 tensors may be its weight"),
@@ -217,6 +218,11 @@ def rename_a_tensor(base: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     tensors["elsewhere"] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
     save_file(tensors, base / "model.safetensors")
+
+
+def disagree(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "qwen3", "layer_types": ["full_attention"]}
+    (base / "config.json").write_text(json.dumps(config))
 
 
 def set_quantization(base: Path) -> None:
