@@ -18,6 +18,8 @@ from agzo_edge.rundir import STATE_NAME, checkpoint_path, checkpoint_steps, read
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.replay import replay
 
+MOST_THREADS = 1024  # more, and a damaged header could ask for what the system refuses by ending the process
+
 
 def branches_of(header: Mapping[str, Any], *, device: torch.device | str = "cpu") -> list[Branch]:
     """Untouched branches for the layers that a journal's header names: a replay needs no model."""
@@ -114,9 +116,25 @@ def _end(until_step: int | None, n_steps: int) -> int:
 
 
 def learner_of(header: Mapping[str, Any]) -> Learner:
-    """The learner of the run that a journal's header describes, before its first step."""
+    """The learner of the run that a journal's header describes, before its first step; it computes where the run did.
+
+    Without its GPU on the CPU, where the last bits differ.
+    """
     with _of_one_run("the journal's header"):
-        return Learner(branches_of(header), RunConfig(**header["config"]))
+        compute_as_begun(header)
+        device = "cuda" if header["device"] == "cuda" and torch.cuda.is_available() else "cpu"
+        return Learner(branches_of(header, device=device), RunConfig(**header["config"]))
+
+
+def compute_as_begun(header: Mapping[str, Any]) -> None:
+    """Let torch have as many threads as when the run began: the last bits of a product depend on them.
+
+    Raises ValueError for a number that no run has had.
+    """
+    threads = int(header.get("threads", torch.get_num_threads()))
+    if not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"{threads} threads")
+    torch.set_num_threads(threads)
 
 
 def rebuilt(run: ReplayFile, *, until_step: int | None = None, skip: Container[int] = ()) -> Learner:

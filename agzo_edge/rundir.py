@@ -19,6 +19,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from agzo_edge.config import KEPT_CHECKPOINTS, RunConfig
 from agzo_edge.errors import AdapterError, numbered
 from agzo_edge.model.runtime import EdgeModel
@@ -89,6 +91,7 @@ def header_of(config: RunConfig, model: EdgeModel, data: ExampleSet, *, mu: floa
         "group_in_features": [groups[index] for index in sorted(groups)],
         "transposed": model.transposed,
         "device": model.device.type,
+        "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "numpy")},
     }
 

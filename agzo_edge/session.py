@@ -38,7 +38,7 @@ from agzo_edge.model.load import load_model
 from agzo_edge.model.memory import expect_outside_torch
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.preparation import on_adapters_layers, planned_run, run_data
-from agzo_edge.rebuild import bring_up_to
+from agzo_edge.rebuild import bring_up_to, compute_as_begun
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.record.lock import RunLock
 from agzo_edge.rundir import (
@@ -165,6 +165,7 @@ class _Session:
             header = begun.header
             now = header_of(self.config, self.model, self.account.data, mu=header["mu"])
             require_same_run(header, now, directory=self.out)
+            compute_as_begun(header)
             discard_halves(self.out)
             self.account.evaluations.update(kept_evaluations(self.out))
             self.account.take_records(begun.records)

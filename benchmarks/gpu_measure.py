@@ -9,13 +9,18 @@ import torch
 from gpu_models import Setting
 
 from agzo_edge.errors import AgzoError
-from agzo_edge.model.device import sync
 from agzo_edge.model.memory import PeakMeter
 
 Row = dict[str, Any]
 Rows = Iterator[Row]
 Section = Callable[[Setting], Rows]
 Run = Callable[[], object]
+
+
+def sync(device: torch.device) -> None:
+    """Wait for the device to finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def in_turns(setting: Setting, runs: Mapping[str, Run], *, repetitions: int) -> dict[str, list[float]]:

@@ -112,6 +112,21 @@ def test_a_guided_run_is_replayed_from_its_directory_and_from_one_file(tmp_path:
     assert adapter_of(tmp_path / "replayed") == adapter_of(tmp_path / "from-file") == adapter_of(tmp_path / "run")
 
 
+@pytest.mark.parametrize("as_one_file", [False, True])
+def test_a_replay_computes_with_the_threads_of_the_run(tmp_path: Path, as_one_file: bool) -> None:
+    run = tmp_path / "run"
+    trained(run, rank=8, adapter_rank=8, refresh_every=1)  # compressed often: a QR's last bits depend on threads
+    threads = torch.get_num_threads()
+    assert read_journal(run / "journal.jsonl").header["threads"] == threads == 1
+    source = agzo_edge.export(run, to="replay", output=tmp_path / "run.safetensors") if as_one_file else run
+    torch.set_num_threads(2)
+    try:
+        agzo_edge.replay(source, output=tmp_path / "replayed")
+    finally:
+        torch.set_num_threads(threads)
+    assert adapter_of(tmp_path / "replayed") == adapter_of(run)
+
+
 RUINOUS = {"learning_rate": 100.0, "undo_every": 2, "refresh_every": 3, "batch_size": 16, "lr_schedule": "constant"}
 
 

@@ -150,7 +150,7 @@ def guiding(job: Job) -> Iterator[Moment]:
         copies: float = GUIDE_COPIES + 3 * facts.caps_logits + facts.divides_logits
     else:
         copies = GUIDE_COPIES + 0.5 + facts.caps_logits
-    piece = max(1, at_once // GUIDE_PIECES) * words * FLOAT32_BYTES * copies
+    piece = -(-at_once // GUIDE_PIECES) * words * FLOAT32_BYTES * copies
     yield Moment(name="guide", activations=kept + states, logits=piece, trimmed=True)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from agzo_edge.budget.activations import CAPPED_QUERIES
 from agzo_edge.numerics.products import in_blocks
 
+_SHARES_NO_KEYS = nn.Module()  # as transformers' attention asks a layer for the number of heads that share a key
+
 
 @contextmanager
 def exact_attention(wanted: bool) -> Iterator[None]:
@@ -66,7 +68,7 @@ def repeated_attention(
 
     if (sharing := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(sharing, dim=1), value.repeat_interleave(sharing, dim=1)
-    attended: Tensor = sdpa_attention_forward(nn.Module(), query, key, value, attention_mask, **others)[0]
+    attended: Tensor = sdpa_attention_forward(_SHARES_NO_KEYS, query, key, value, attention_mask, **others)[0]
     return attended, None
 
 

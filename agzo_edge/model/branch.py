@@ -116,7 +116,7 @@ class Branch:
             if self.held is None:
                 self.folded = self.learned()
             else:
-                self.held.add_(LowRank(self.c, self.group.basis).dense(), random_bits())
+                self.held.add_(LowRank(self.c, self.group.basis).dense(), random_bits)
             self.c = torch.zeros_like(self.c)
             self.steps_in_window = 0
         if self.folded.rank <= 2 * keep_rank:
@@ -171,4 +171,5 @@ def set_learned(branches: Sequence[Branch], changes: Mapping[str, LowRank]) -> N
         raise AdapterError("the adapter does not fit the model:\n" + numbered(faults, shown=5))
     for name, change in changes.items():
         device = by_name[name].c.device
-        by_name[name].folded = LowRank(change.c.to(device).float(), change.a.to(device).float())
+        c, a = (part.to(device).float().contiguous() for part in (change.c, change.a))  # as a checkpoint gives them
+        by_name[name].folded = LowRank(c, a)

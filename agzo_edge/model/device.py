@@ -6,6 +6,7 @@ from torch import Tensor
 from agzo_edge.errors import ConfigError
 
 SMALL_MODEL_PARAMETERS = 50_000_000
+THREADS = torch.get_num_threads()  # torch's own number, or that of OMP_NUM_THREADS, before any model is loaded
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,28 +32,21 @@ def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def use_threads(n_threads: int, *, n_parameters: int) -> None:
-    """Let torch compute with `n_threads` CPU threads; 0 chooses one for a small model, and else changes nothing.
+    """Let torch compute with `n_threads` CPU threads; 0 chooses one for a small model, and else torch's own number.
 
     Handing a matmul of a few hundred columns to several threads costs more than the matmul
     (docs/decisions/0004). A result's last bits depend on the number, so a run keeps to one.
     """
-    if n_threads == 0 and n_parameters < SMALL_MODEL_PARAMETERS:
-        n_threads = 1
-    if n_threads:
-        torch.set_num_threads(n_threads)
+    if n_threads == 0:
+        n_threads = 1 if n_parameters < SMALL_MODEL_PARAMETERS else THREADS
+    torch.set_num_threads(n_threads)
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the host on `device`, without waiting for it.
 
-    From pinned memory: before a copy from other memory a GPU finishes all that it was given, layer after layer.
+    From pinned memory: a copy from other memory waits until the GPU has finished all that is queued, for each layer.
     """
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def sync(device: torch.device) -> None:
-    """Wait for the device to finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -24,7 +24,7 @@ from agzo_edge.model.offload import place_embeddings, place_of, settle
 from agzo_edge.model.passes import PassContext
 from agzo_edge.model.pieces import let_mlps_work_in_pieces
 from agzo_edge.model.runtime import EdgeModel, attach_branches, require_guidable
-from agzo_edge.model.weights import HeldWeight, base_weight_of, linear_layers, quantized, rehoused
+from agzo_edge.model.weights import DenseWeight, HeldWeight, base_weight_of, linear_layers, quantized, rehoused
 from agzo_edge.model.workspace import Workspace
 from agzo_edge.writers import ALL_LINEAR, is_beside_text, targets_among
 
@@ -99,7 +99,9 @@ def _replace_layers(
     for name, module in layers.items():
         bias = None if module.bias is None else module.bias.data.to(device, dtype, copy=True)
         weight = base_weight_of(module, name=name, dtype=dtype, workspace=workspace)
-        if module is not head:  # which may be the embeddings, and is placed with them
+        if module is head:  # dense always: it may be the embeddings, and is placed with them
+            weight = weight if isinstance(weight, DenseWeight) else DenseWeight(weight.dense().clone())
+        else:
             weight = quantized(weight, config, device=device, dtype=dtype, workspace=workspace)
             opened = name in targets and config.target == "dequantized"
             weight = HeldWeight(weight, dtype=dtype) if opened else rehoused(weight, place)

@@ -34,7 +34,7 @@ class Perturbation:
 
     noise_of: Callable[[Branch], Noise]
     example: Tensor  # (rows,) int64: which slice of the noise a row of one stream takes
-    steps: tuple[float, ...]  # s·mu of each stream: (+mu, −mu) central, (+mu, 0) forward
+    steps: tuple[float, ...]  # mu of each stream, with its sign: (+mu, −mu) central, (+mu, 0) forward, (1,) exact
     exact: bool = False  # carry the tangent in dual tensors instead of perturbed copies
 
 
@@ -118,7 +118,7 @@ class PassContext:
         return torch.where(self.mask[:, self._tokens].unsqueeze(-1), values, 0.0).flatten(0, 1)
 
     def coordinates(self, group: InputGroup, inputs: Tensor) -> Tensor:  # (..., in_features) -> (..., rank)
-        """Aᵀ x of every token, computed once for the layers that are given the same tensor."""
+        """Aᵀ x of every token, computed once for the layers that are given the same tensor (not with dual tensors)."""
         if self._coordinates is not None:
             known, basis, coordinates = self._coordinates
             if known() is inputs and basis is group.basis:

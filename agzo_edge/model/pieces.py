@@ -28,8 +28,17 @@ def _in_pieces(forward: Callable[..., Any], context: PassContext) -> Callable[..
         pieces = []
         for start in range(0, x.shape[1], size):
             tokens = slice(start, start + size)
+            some = [_some(each, tokens, of=x) for each in (x, *args)]  # BLOOM's MLP is given the stream as well
             with context.seeing(tokens):
-                pieces.append(forward(x[:, tokens], *args, **kwargs))
+                pieces.append(forward(*some, **kwargs))
+            if not isinstance(pieces[-1], Tensor):  # GPT-OSS's puts out its routing as well: it stays whole
+                return forward(x, *args, **kwargs)
         return torch.cat(pieces, dim=1)
 
     return forward_in_pieces
+
+
+def _some(argument: Any, tokens: slice, *, of: Tensor) -> Any:
+    """These tokens of an argument that has as many as `of`; in one piece, as routed experts flatten it."""
+    has_tokens = isinstance(argument, Tensor) and argument.shape[:2] == of.shape[:2]
+    return argument[:, tokens].contiguous() if has_tokens else argument

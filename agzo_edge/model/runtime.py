@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -59,14 +59,18 @@ class EdgeModel:
     def _through(self, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """The logits of a head, or of a part of it: caps and scales know no neighbouring words."""
         logits = head(hidden)
-        config = self.network.config.get_text_config()
-        if scale := getattr(config, "logit_scale", None):
+        if scale := getattr(self._text_config, "logit_scale", None):
             logits = logits * scale
-        if scaling := getattr(config, "logits_scaling", None):
+        if scaling := getattr(self._text_config, "logits_scaling", None):
             logits = logits / scaling
-        if cap := getattr(config, "final_logit_softcapping", None):
+        if cap := getattr(self._text_config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    @cached_property
+    def _text_config(self) -> Any:
+        """transformers' configuration of the model of text, found once: it is asked with every chunk of logits."""
+        return self.network.config.get_text_config()
 
     @property
     def vocab_size(self) -> int:
@@ -81,7 +85,7 @@ class EdgeModel:
     @property
     def positions(self) -> int | None:
         """Tokens in the longest row that the model was made for, where it says so."""
-        return getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        return getattr(self._text_config, "max_position_embeddings", None)
 
     def require_positions(self, longest_tokens: int) -> None:
         """Raise ModelError for a row that is longer than the model's positions."""
@@ -122,7 +126,7 @@ class EdgeModel:
             yield from ((f"{name}.{part}", tensor) for part, tensor in sorted(local) if tensor is not None)
 
     def base_sha256(self) -> str:
-        """A hash of every byte of the base, none of them copied: unchanged by training with target = adapter."""
+        """A hash of every byte of the base, a tensor at a time: unchanged by training with target = adapter."""
         digest = hashlib.sha256()
         for name, tensor in self.stored_tensors():
             digest.update(name.encode())

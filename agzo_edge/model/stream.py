@@ -32,7 +32,7 @@ class HostBlock:
         ends = [0]
         for part in parts:
             ends.append(ends[-1] + -(-part.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
-        self.layout = [(start, part.dtype, part.shape) for start, part in zip(ends, parts, strict=False)]
+        self.layout = [(start, part.dtype, part.shape, part.stride()) for start, part in zip(ends, parts, strict=False)]
         self.buffer = pinned_bytes(ends[-1])
         for view, part in zip(self._views(self.buffer), parts, strict=True):
             view.copy_(part)
@@ -44,9 +44,9 @@ class HostBlock:
         return [weight.with_tensors(*islice(views, len(weight.movable()))) for weight in weights]
 
     def _views(self, buffer: Tensor) -> Iterator[Tensor]:
-        for start, dtype, shape in self.layout:
+        for start, dtype, shape, stride in self.layout:  # Conv1D's strides too: a matmul rounds by layout
             n_bytes = shape.numel() * dtype.itemsize
-            yield buffer[start : start + n_bytes].view(dtype).view(shape)
+            yield buffer[start : start + n_bytes].view(dtype).as_strided(shape, stride)
 
 
 def pinned_bytes(n_bytes: int) -> Tensor:
@@ -175,7 +175,7 @@ class HostHead(FrozenLinear):
         """(..., hidden_size) -> (..., words); copies the part's weight unless it was the last one in use."""
         if self._part is None or self._part[0] != words.start:
             self._part = None  # given back before the next one is asked for
-            self._part = words.start, self.base.dense()[words].to(self.device, non_blocking=True)
+            self._part = words.start, self.base.dense()[words].to(self.device)
         bias = None if self.bias is None else self.bias[words]
         return linear(x, self._part[1], bias)
 

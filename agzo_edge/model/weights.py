@@ -79,7 +79,7 @@ class HeldWeight:
     """A weight held dequantized, which a window's change is written into (target = dequantized).
 
     Kept in bfloat16 or float32: float16 has too few bits for what a window adds, and its range too.
-    The stored form stays beside it, 1/4 of it or less, so that the change can be told at the end.
+    The stored form stays beside it, so that the change can be told at the end.
     """
 
     def __init__(self, origin: BaseWeight, *, dtype: torch.dtype) -> None:
@@ -111,10 +111,12 @@ class HeldWeight:
         self.origin = self.origin.with_tensors(*tensors)
         return self
 
-    def add_(self, change: Tensor, random_bits: Tensor) -> None:
+    def add_(self, change: Tensor, random_bits: Callable[[], Tensor]) -> None:
         """Add a float32 change (out_features, in_features); stochastic rounding keeps small ones in bfloat16."""
-        summed = self.weight.float() + change
-        self.weight.copy_(stochastically_rounded(summed, self.weight.dtype, random_bits=random_bits))
+        if self.weight.dtype is torch.bfloat16:
+            self.weight.copy_(stochastically_rounded(self.weight.float() + change, random_bits=random_bits()))
+        else:
+            self.weight += change
 
     def change(self) -> Tensor:
         """What was added since the start, (out_features, in_features) float32."""

@@ -48,6 +48,7 @@ def written_texts(
             do_sample=False,
             pad_token_id=stops[0] if stops else 0,
             eos_token_id=stops or None,
+            repetition_penalty=1.0,  # not the model's own, which transformers would take where nothing is said
         ),
     )
     return [_text_of(model, ids) for ids in output[:, n_prompt:].tolist()]

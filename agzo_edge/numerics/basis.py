@@ -11,8 +11,8 @@ from torch import Tensor
 from agzo_edge.numerics.compiled import kernels_for
 from agzo_edge.numerics.products import in_blocks, linear
 
-# A new direction is taken only where it holds more than this share of the largest one: below sqrt(eps)
-# of float32 a product Hᵀ (H A) has seen nothing but rounding.
+# A new direction is taken only where the inputs hold more than this share of the largest one's size there. Columns of
+# Hᵀ (H A) are as its square, about float32's eps, below which they have seen nothing but rounding.
 NEGLIGIBLE = 3e-4
 # What is left of a column beyond those before it, below which it is their rounding: with fewer tokens than
 # columns, or one outlying token, all columns of the product are parallel. Nearly parallel ones before it make it a

@@ -41,7 +41,7 @@ def label_losses(
     for words, head in head_parts:
         size = chunk_tokens(words.stop - words.start, hidden.shape[0], chunk_bytes)
         if hidden.requires_grad:  # the way back has the logits and their gradient, of a smaller chunk
-            size = max(1, min(size, labels.shape[0]) // GRADIENT_PIECES)
+            size = -(-min(size, labels.shape[0]) // GRADIENT_PIECES)
         if in_blocks(hidden):
             size = max(1, whole_blocks(size * hidden.shape[0]) // hidden.shape[0])
         starts = range(0, labels.shape[0], size)
@@ -114,11 +114,11 @@ def _places(logits: Tensor, labels: Tensor, first_word: int) -> tuple[Tensor, Te
 def row_sums(
     values: Tensor,  # (streams, positions)
     row: Tensor,  # (positions,) int64: the row of each position
-    n_rows: int,
-) -> Tensor:  # (streams, n_rows)
-    """The sum over each row's positions."""
-    zeros = torch.zeros(values.shape[0], n_rows, dtype=values.dtype, device=values.device)
-    return zeros.index_add(1, row, values)
+    token: Tensor,  # (positions,) int64: its place there
+    shape: tuple[int, int],  # (rows, tokens)
+) -> Tensor:  # (streams, rows)
+    """The sum over each row's positions, in one order always: `index_add` on a GPU adds as threads come by."""
+    return _table(values, row, token, shape, filled_with=0.0).sum(-1)
 
 
 def option_table(
@@ -128,9 +128,14 @@ def option_table(
     shape: tuple[int, int],  # (examples, most options)
 ) -> Tensor:  # (streams, examples, most options), -inf where an example has fewer
     """The options' scores side by side, example by example."""
-    table = scores.new_full((scores.shape[0], *shape), -torch.inf)
-    stream = torch.arange(scores.shape[0], device=scores.device).unsqueeze(-1)
-    return table.index_put((stream, example, option), scores)
+    return _table(scores, example, option, shape, filled_with=-torch.inf)
+
+
+def _table(values: Tensor, row: Tensor, column: Tensor, shape: tuple[int, int], *, filled_with: float) -> Tensor:
+    """The values (streams, n) at their places, no two at the same, in a table (streams, *shape)."""
+    table = values.new_full((values.shape[0], *shape), filled_with)
+    stream = torch.arange(values.shape[0], device=values.device).unsqueeze(-1)
+    return table.index_put((stream, row, column), values)
 
 
 def choice_losses(

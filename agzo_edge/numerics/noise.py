@@ -156,9 +156,9 @@ def guided_noise(
     return Noise((n_examples, 1, 1), _numbers(kind, n_examples, **key), guide)
 
 
-@lru_cache(maxsize=1024)  # layers, more than a model has: the update asks for what the pass has drawn
+@lru_cache(maxsize=1024)  # layers, more than a model has
 def _numbers(kind: NoiseKind, n_examples: int, **key: int) -> Tensor:  # (examples, 1, 1) float32
-    """A number for each example; read, and never written to."""
+    """A number for each example, which is never written to; of a batch in one piece the update asks for it again."""
     return draw_noise(kind, (n_examples, 1, 1), **key).entries()
 
 

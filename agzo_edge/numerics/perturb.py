@@ -71,7 +71,7 @@ def _separate_product(
     coordinates: Tensor, noise: Tensor, *, factors: tuple[float, ...], coefficients: Tensor | None, onto: Tensor | None
 ) -> Tensor:
     """The same in 16 bit, where C + factor R_b would round away the noise's digits: its signs alone are exact."""
-    # zeros, not empty: with alpha = beta = 0 (a forward difference) torch 2.13 writes no 16-bit output on a CPU
+    # zeros, to add to: a product that is written with beta = 0 is left out where alpha is 0 (torch 2.13, 16 bit, CPU)
     result = coordinates.new_zeros(*coordinates.shape[:-1], noise.shape[1]) if onto is None else onto
     streams = len(factors)
     for part, p_part, factor in zip(result.chunk(streams), coordinates.chunk(streams), factors, strict=True):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_ROWS = 128
-FEW_ROWS = 32  # of so few, as while an answer is written, the one block is of this size; of up to 64 it is of 64
+FEW_ROWS = 32  # so many or fewer, as while an answer is written, are one block of 32; up to 64 are one of 64
 WIDTH = 16  # of low-rank factors that grow, a multiple of it
 
 
@@ -58,7 +58,7 @@ def add_linear(
 
 
 def whole_blocks(n_rows: int) -> int:
-    """The most rows, of `n_rows` that may be multiplied at once, that leave no block to be filled up."""
+    """The most rows, of `n_rows` that may be multiplied at once, in whole blocks; all of them where they are one."""
     return n_rows - n_rows % BLOCK_ROWS if n_rows > BLOCK_ROWS else n_rows
 
 

@@ -69,16 +69,13 @@ def reprojected(
 
 def stochastically_rounded(
     values: Tensor,  # float32
-    dtype: torch.dtype,
     *,
     random_bits: Tensor,  # int32 of the same shape, uniform in [0, 2**16)
-) -> Tensor:
+) -> Tensor:  # bfloat16
     """`values` in bfloat16, rounded up or down with the probability that keeps the mean.
 
     An update smaller than half a unit in the last place survives on average instead of never.
-    float32 and float16 are rounded to nearest. Source: Gupta et al., arXiv 1502.02551.
+    Source: Gupta et al., arXiv 1502.02551.
     """
-    if dtype is not torch.bfloat16:
-        return values.to(dtype)
     as_integers = values.contiguous().view(torch.int32) + random_bits
     return (as_integers & -65536).view(torch.float32).to(torch.bfloat16)

@@ -1,6 +1,7 @@
 """From a batch to the loss of each example: the one place where training runs the model."""
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +95,7 @@ def loss_of(
     with (
         model.context.running(mask=batch.attention_mask.bool(), perturbation=perturbation, refresh=refresh),
         exact_attention(exact),
-        forward_ad.dual_level(),
+        forward_ad.dual_level() if exact else nullcontext(),  # within it each layer's look for a tangent takes time
     ):
         losses = goal.losses(model, batch)
         if not exact:
@@ -125,4 +126,4 @@ def label_sums(model: EdgeModel, batch: Batch) -> Tensor:  # (streams, rows) flo
     if hidden.device.type == "cpu":
         trim_heap()
     losses = label_losses(hidden, labels, model.head_parts(), chunk_bytes=model.logits_chunk_bytes)
-    return row_sums(losses, row, batch.input_ids.shape[0])
+    return row_sums(losses, row, token, (batch.input_ids.shape[0], batch.input_ids.shape[1]))

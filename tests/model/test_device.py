@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from agzo_edge.errors import ConfigError
-from agzo_edge.model.device import chosen_device, chosen_dtype, sent
+from agzo_edge.model.device import THREADS, chosen_device, chosen_dtype, sent, use_threads
 
 CPU = torch.device("cpu")
 
@@ -20,6 +20,19 @@ def test_names_mean_devices_and_dtypes() -> None:
 def test_cuda_on_a_machine_without_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="--device cpu"):
         chosen_device("cuda")
+
+
+def test_a_large_model_has_torchs_own_threads_again_after_a_small_one() -> None:
+    before = torch.get_num_threads()
+    try:
+        use_threads(0, n_parameters=10)
+        assert torch.get_num_threads() == 1
+        use_threads(0, n_parameters=10**9)
+        assert torch.get_num_threads() == THREADS
+        use_threads(3, n_parameters=10)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_tensor_that_is_sent_arrives_unchanged() -> None:

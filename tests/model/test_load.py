@@ -32,7 +32,7 @@ from agzo_edge.budget.facts import model_facts
 from agzo_edge.errors import ModelError
 from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.model.weights import DenseWeight, EightBitWeight, FourBitWeight
+from agzo_edge.model.weights import DenseWeight, EightBitWeight, FourBitWeight, base_weight_of
 
 WIDTHS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True},
@@ -159,6 +159,20 @@ def test_a_checkpoint_saved_quantized_has_the_same_bytes_when_it_is_loaded(width
     reloaded = load_model(str(tmp_path), run_config(load_in_4bit=True))  # what the file says wins
     assert reloaded.base_sha256() == ours.base_sha256()
     assert_close(model_logits(reloaded, tiny_batch(3)), model_logits(ours, tiny_batch(3)))
+
+
+@pytest.mark.parametrize("width", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_a_head_that_was_saved_quantized_is_read_as_it_is(width: dict[str, bool], tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama")
+    settings = transformers.BitsAndBytesConfig(**width, llm_int8_skip_modules=["nothing"])  # else the head is left out
+    saved = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=settings)
+    saved.save_pretrained(tmp_path)
+    shutil.copy(Path(source) / "tokenizer.json", tmp_path)
+    model = load_model(str(tmp_path), run_config())
+    stored = base_weight_of(saved.lm_head, name="lm_head", dtype=torch.float32).dense()
+    assert type(model.head.base) is DenseWeight
+    assert torch.equal(model.head.base.dense(), stored)
+    assert not torch.equal(stored, tiny_model("llama").head.base.dense())
 
 
 def test_loading_twice_gives_the_same_bytes_and_other_widths_others() -> None:

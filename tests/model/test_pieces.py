@@ -1,9 +1,24 @@
 """MLPs over a part of the tokens: the same model, less memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from helpers import FAMILIES, model_logits, relative_error, run_config, teach_at_random, tiny_batch, tiny_model
+import transformers
+from helpers import (
+    EXPERTS,
+    FAMILIES,
+    SHAPE,
+    model_logits,
+    relative_error,
+    run_config,
+    save_tiny,
+    teach_at_random,
+    tiny_batch,
+    tiny_model,
+)
 
+from agzo_edge.model.load import load_model
 from agzo_edge.model.offload import settle
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.step import agzo_step, find_bases
@@ -16,6 +31,18 @@ def test_an_mlp_in_pieces_gives_the_logits_of_the_whole(family: str) -> None:
     expected = model_logits(model, batch)
     model.context.mlp_chunk_tokens = 3
     torch.testing.assert_close(model_logits(model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3MoeConfig", "MixtralConfig", "GptOssConfig", "BloomConfig"])
+def test_routed_experts_and_a_block_that_adds_its_own_stream_work_in_pieces(kind: str, tmp_path: Path) -> None:
+    config = getattr(transformers, kind)(**SHAPE, **EXPERTS)
+    name = "query_key_value" if kind == "BloomConfig" else "o_proj"
+    model = load_model(str(save_tiny(config, tmp_path)), run_config(target_modules=(name,)))
+    batch = tiny_batch(4)
+    valid = batch.attention_mask.bool()
+    expected = model_logits(model, batch)[valid]
+    model.context.mlp_chunk_tokens = 3
+    torch.testing.assert_close(model_logits(model, batch)[valid], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -87,6 +87,13 @@ def test_one_prompt_is_answered_as_by_generate() -> None:
         writer.generate("abc", max_tokens=N_NEW, top_p=2.0)
 
 
+def test_the_models_own_habits_of_writing_are_left_out() -> None:
+    model, batch = tiny_model(), tiny_batch(N_ROWS)
+    expected = texts(model, batch)
+    model.network.generation_config.repetition_penalty = 5.0
+    assert texts(model, batch) == expected
+
+
 def test_padding_moves_to_the_front_and_nothing_else_moves() -> None:
     ids, mask = left_padded(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]))
     assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]

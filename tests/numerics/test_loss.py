@@ -111,7 +111,7 @@ def test_a_vocabulary_larger_than_a_chunk_still_goes_one_token_at_a_time() -> No
 @given(rows=st.lists(st.integers(0, 4), min_size=1, max_size=20))
 def test_row_sums_are_sums_over_each_rows_positions(rows: list[int]) -> None:
     values = torch.arange(2.0 * len(rows)).reshape(2, -1)
-    got = row_sums(values, torch.tensor(rows), 5)
+    got = row_sums(values, torch.tensor(rows), torch.arange(len(rows)), (5, len(rows)))
     for row in range(5):
         mine = [i for i, r in enumerate(rows) if r == row]
         assert_close(got[:, row], values[:, mine].sum(1))

@@ -114,7 +114,7 @@ def test_a_moment_in_the_same_basis_stays_and_in_another_is_its_projection() -> 
 def rounded(values: Tensor, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(0, 2**16, values.shape, generator=generator, dtype=torch.int32)
-    return stochastically_rounded(values, torch.bfloat16, random_bits=bits)
+    return stochastically_rounded(values, random_bits=bits)
 
 
 @pytest.mark.parametrize("value", [1.001, -1.001, 3.14159, 1e-30, -65504.123])
@@ -135,9 +135,5 @@ def test_what_bfloat16_can_hold_is_left_exactly_as_it_is(value: float, seed: int
     assert torch.equal(rounded(representable.float(), seed=seed), representable)
 
 
-def test_infinities_and_other_dtypes_round_as_usual() -> None:
+def test_infinities_stay_what_they_are() -> None:
     assert rounded(torch.tensor([math.inf, -math.inf])).tolist() == [math.inf, -math.inf]
-    values = torch.tensor([1.001, 2.5])
-    bits = torch.zeros(2, dtype=torch.int32)
-    assert torch.equal(stochastically_rounded(values, torch.float32, random_bits=bits), values)
-    assert torch.equal(stochastically_rounded(values, torch.float16, random_bits=bits), values.half())
