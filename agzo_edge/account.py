@@ -113,6 +113,6 @@ class Account:
             "data": asdict(self.data.report),
             "held_out_data": asdict(self.held_out.report) if self.held_out else None,
             "best_step": best_step(self.evaluations, self.config.metric_for_best_model),
-            "evaluations": {str(step): asdict(metrics) for step, metrics in sorted(self.evaluations.items())},
+            "evaluations": {str(step): metrics.as_json() for step, metrics in sorted(self.evaluations.items())},
             "samples": list(samples),
         }

@@ -81,7 +81,7 @@ class AgzoConfig(BaseModel):
         50,
         ge=0,
         description="Steps between looks at whether the run got worse: it then goes back to its best state, and on "
-        "with a third of the rate. What has gained no more than chance at the end is not kept. 0 never looks.",
+        "with a third of the rate. What has gained no more than chance after the last step is not kept. 0 never looks.",
     )
     max_steps: int = Field(500, ge=1, description="Steps to train.")
     adapter_rank: int = Field(16, ge=1, le=1024, description="Largest rank of the accumulated adapter.")

@@ -1,5 +1,7 @@
 """The evaluations of a run: made, kept, the best adapter saved, and the question whether to go on."""
 
+import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +9,12 @@ from pathlib import Path
 from agzo_edge.config import RunConfig
 from agzo_edge.events import Evaluated
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.rundir import JOURNAL_NAME, keep_evaluations
+from agzo_edge.rundir import BEST_NAME, JOURNAL_NAME, keep_evaluations, kept_evaluations
 from agzo_edge.train.best import best_step, out_of_patience
-from agzo_edge.train.data import ExampleSet
+from agzo_edge.train.data import Example, ExampleSet
 from agzo_edge.train.evaluate import Metrics, evaluate
 from agzo_edge.train.guard import Guard
+from agzo_edge.train.lookout import refuse_bad_rows
 from agzo_edge.train.objective import Goal
 
 
@@ -41,14 +44,34 @@ class Evaluations:
                 self.model, examples, objective=config.objective, batch_size=_examples_at_once(config), goal=self.goal
             )
         )
+        if step == 0 and not math.isfinite(metrics.loss):
+            refuse_bad_rows([example.place for example in examples if not self._is_finite_on(example)])
         self.found[step] = metrics
         if save_best and best_step(self.found, self.guard.config.metric_for_best_model) == step:
             save_best()  # first: an evaluation that is on the disk is not made again
         if (self.out / JOURNAL_NAME).exists():  # before the first step nothing is written
-            keep_evaluations(self.out, self.found)
+            self.keep()
         yield Evaluated(step, metrics)
 
-    def say_stop(self) -> bool:
+    def keep(self) -> None:
+        """Leave what was found in the run's directory."""
+        if self.held_out is not None:
+            keep_evaluations(self.out, self.found, data_sha256=self.held_out.sha256)
+
+    def take_up(self) -> None:
+        """Go on from what a run in the directory has found on the same data; the best by other data is let go."""
+        if self.held_out is None:
+            return
+        self.found |= kept_evaluations(self.out, data_sha256=self.held_out.sha256)
+        if not self.found:
+            shutil.rmtree(self.out / BEST_NAME, ignore_errors=True)
+
+    def _is_finite_on(self, example: Example) -> bool:
+        objective = self.guard.config.objective
+        alone = evaluate(self.model, [example], objective=objective, batch_size=1, goal=self.goal)
+        return math.isfinite(alone.loss)
+
+    def should_stop(self) -> bool:
         """Whether there was no better one for as long as the run has patience."""
         patience = self.guard.config.early_stopping_patience
         return out_of_patience(self.found, self.guard.config.metric_for_best_model, patience=patience)

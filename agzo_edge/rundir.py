@@ -10,10 +10,10 @@ report.json                    what it cost and what it gave
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -43,7 +43,7 @@ EVALUATIONS_NAME = "evaluations.json"
 BEST_NAME = "best"
 STATE_NAME = "learner_state.safetensors"
 
-# Where these differ, a resumed run would not be the run that was begun.
+# Settings that a resumed run may change; with a difference in any other it would be another run.
 _FREE_TO_CHANGE = {
     "output_dir", "profile", "device", "vram_limit", "ram_limit", "on_overflow", "eval_data", "eval_steps",
     "save_steps", "report_to", "max_steps", "model", "data", "metric_for_best_model", "early_stopping_patience",
@@ -210,24 +210,34 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
     atomic_write_text(directory / REPORT_NAME, json.dumps(report, indent=2) + "\n")
 
 
-def keep_evaluations(directory: Path, evaluations: Mapping[int, Metrics]) -> None:
-    """Leave what every evaluation found, so that a resumed run still knows where it came from."""
-    found = {str(step): asdict(metrics) for step, metrics in sorted(evaluations.items())}
-    atomic_write_text(directory / EVALUATIONS_NAME, json.dumps(found, indent=2) + "\n")
+def keep_evaluations(directory: Path, evaluations: Mapping[int, Metrics], *, data_sha256: str) -> None:
+    """Leave what every evaluation on some data found, so that a resumed run still knows where it came from."""
+    found = {str(step): metrics.as_json() for step, metrics in sorted(evaluations.items())}
+    kept = {"data_sha256": data_sha256, "evaluations": found}
+    atomic_write_text(directory / EVALUATIONS_NAME, json.dumps(kept, indent=2) + "\n")
 
 
-def kept_evaluations(directory: Path) -> dict[int, Metrics]:
-    """What the evaluations of the run found, by step. Raises AdapterError for a damaged file."""
+def kept_evaluations(directory: Path, *, data_sha256: str) -> dict[int, Metrics]:
+    """What the run's evaluations on this data found, by step. Raises AdapterError for a damaged file."""
     path = directory / EVALUATIONS_NAME
     if not path.is_file():
         return {}
     try:
-        found = {int(step): Metrics(**metrics) for step, metrics in strict_object(path.read_bytes()).items()}
-    except (OSError, ValueError, TypeError) as error:
+        kept = strict_object(path.read_bytes())
+        if kept["data_sha256"] != data_sha256:
+            return {}
+        found = {int(step): _metrics(told) for step, told in kept["evaluations"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from None
     if wrong := [step for step, metrics in found.items() if step < 0 or not _are_numbers(metrics)]:
         raise AdapterError(f"{path}: the evaluation at step {wrong[0]} holds something else than numbers")
     return found
+
+
+def _metrics(told: Mapping[str, Any]) -> Metrics:
+    """What an evaluation found, from JSON, where a number that is not finite is null."""
+    spans = {name: [math.nan if x is None else x for x in span] for name, span in told["intervals"].items()}
+    return Metrics(**{**told, "loss": math.nan if told["loss"] is None else told["loss"], "intervals": spans})
 
 
 def _are_numbers(metrics: Metrics) -> bool:

@@ -46,9 +46,7 @@ from agzo_edge.rundir import (
     JOURNAL_NAME,
     discard_halves,
     header_of,
-    keep_evaluations,
     keep_step,
-    kept_evaluations,
     load_changes,
     read_run,
     require_same_run,
@@ -154,7 +152,7 @@ class _Session:
             require_unused(self.out)  # another process may have been there while this one loaded
             learner = Learner(self.model.branches, self.config)
             with JournalWriter.create(self.out / JOURNAL_NAME, header) as journal:
-                keep_evaluations(self.out, self.account.evaluations)
+                self.evaluations.keep()
                 yield from self._trained(learner, journal, header, mu=mu)
             yield from self._finished(learner, header, answers)
 
@@ -167,7 +165,7 @@ class _Session:
             require_same_run(header, now, directory=self.out)
             compute_as_begun(header)
             discard_halves(self.out)
-            self.account.evaluations.update(kept_evaluations(self.out))
+            self.evaluations.take_up()
             self.account.take_records(begun.records)
             yield from self._rehearsed(begun.next_step)
             learner = Learner(self.model.branches, self.config)
@@ -188,7 +186,7 @@ class _Session:
         rate_factor = learner.rate_factor  # as the journal tells it
         if done == 0 and self.config.adapter:  # a replay must know what the run began with
             save_checkpoint(self.out, learner, header, step=0, card=self.account.card())
-        if self.evaluations.say_stop():
+        if self.evaluations.should_stop():
             return
         try:
             for timed in run_steps(
@@ -213,7 +211,7 @@ class _Session:
                     yield WentBack(done, timed.record.ended_at, 0.0)
                 if self.evaluations.is_due(done):
                     yield from self.evaluations.made(done, save_best)
-                if self.evaluations.say_stop():
+                if self.evaluations.should_stop():
                     return
                 if _is_due(done, self.config.save_steps) and done < self.config.max_steps:
                     yield Saved(done, save_checkpoint(self.out, learner, header, step=done, card=self.account.card()))

@@ -33,7 +33,7 @@ def template_fault(template: str) -> str:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         return f"{error}; write a brace itself twice"
-    wrong = [name for name in names if not name.isidentifier()]
+    wrong = [name for name in names if not name or set(".[]") & set(name)]
     return f"{{{wrong[0]}}} is no field's name" if wrong else ""
 
 

@@ -317,7 +317,7 @@ def says_never(_data: bytes, _value: Any) -> bool:
 
 def says_evaluations(data: bytes, found: Any) -> bool:
     """Whether the JSON holds these evaluations, numbers where numbers belong."""
-    written = {int(step): entry for step, entry in json.loads(data).items()}
+    written = {int(step): entry for step, entry in json.loads(data)["evaluations"].items()}
     typed = all(
         type(m.examples) is int and type(m.loss) in (int, float) and type(m.accuracy) in (int, float, type(None))
         for m in found.values()
@@ -356,6 +356,7 @@ def subjects(folder: Path) -> list[Subject]:
     fields |= {"alpha_pattern": {r"^model\.layers\.0": 3.0, "q_proj": 5}, "lora_alpha": 6}
     (adapter / CONFIG_NAME).write_text(json.dumps(fields, indent=2), encoding="utf-8")
     (adapter / WEIGHTS_NAME).write_bytes(weights.read_bytes())
+    held_out_sha256 = json.loads((run / EVALUATIONS_NAME).read_bytes())["data_sha256"]
     replay_path = folder / "run.safetensors"
     save_replay(replay_path, replay_file_of(run))
 
@@ -404,7 +405,7 @@ def subjects(folder: Path) -> list[Subject]:
             "evaluations.json",
             run / EVALUATIONS_NAME,
             scratched_or_forged,
-            lambda: kept_evaluations(run),
+            lambda: kept_evaluations(run, data_sha256=held_out_sha256),
             says_evaluations,
             4,
         ),

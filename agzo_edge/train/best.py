@@ -1,5 +1,6 @@
 """Which evaluation of a run was the best, and whether waiting for a better one has lasted long enough."""
 
+import math
 from collections.abc import Mapping
 
 from agzo_edge.train.evaluate import Metrics
@@ -23,7 +24,8 @@ def out_of_patience(evaluations: Mapping[int, Metrics], metric: str, *, patience
 
 
 def _merit(metrics: Metrics, metric: str) -> float:
-    """The metric, larger the better."""
+    """The metric, larger the better; what is not finite is the worst."""
     value = getattr(metrics, metric)
     assert value is not None, f"{metric} is no metric of this objective"
-    return -float(value) if metric in _LESS_IS_BETTER else float(value)
+    merit = -float(value) if metric in _LESS_IS_BETTER else float(value)
+    return merit if math.isfinite(merit) else -math.inf

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agzo_edge.errors import DataError
 from agzo_edge.train.tokens import TokenRow, labelled_from, n_shared
-from agzo_edge.train.turns import Message
+from agzo_edge.train.turns import Message, without_nulls
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SPLIT_UP = "give prompt and completion, one row for each turn"
@@ -41,8 +41,11 @@ def conversation_row(
     messages = _without_nulls(messages)
     with _refusals():
         if _GENERATION_MARK.search(tokenizer.get_chat_template(tools=tools)):
+            _require_written(messages, _text(messages, tokenizer, tools))
             return _marked_row(messages, tokenizer, tools)
-        return _Layout(messages, tokenizer, tools).row()
+        layout = _Layout(messages, tokenizer, tools)
+        _require_written(messages, layout.text)
+        return layout.row()
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, tools: Tools = None) -> list[int]:
@@ -63,8 +66,7 @@ def exchange_row(
 
 def _without_nulls(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """A table's missing fields are null, which templates would write out; a call's missing text is empty."""
-    given = [{name: value for name, value in message.items() if value is not None} for message in messages]
-    return [{"content": "", **message} for message in given]
+    return [{"content": "", **without_nulls(message)} for message in messages]
 
 
 @contextmanager
@@ -83,6 +85,28 @@ def _ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools:
     return list(encoded["input_ids"])
 
 
+def _text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Tools, **settings: bool) -> str:
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **settings)
+    assert isinstance(text, str)
+    return text
+
+
+def _require_written(messages: Sequence[Message], text: str) -> None:
+    """Raise DataError for a template that leaves out what is to be learned: the last answer, or any call of a tool."""
+    said = {
+        number: message["content"].rpartition("</think>")[2].strip()
+        for number, message in enumerate(messages, start=1)
+        if message["role"] == "assistant"
+    }
+    if said and said[max(said)] not in text:
+        raise DataError(f"the chat template does not write the text of message {max(said)}: {_SPLIT_UP}")
+    for number, message in enumerate(messages, start=1):
+        for call in message.get("tool_calls") or ():
+            called = call.get("function", call) if isinstance(call, dict) else {}
+            if str(called.get("name")) not in text:
+                raise DataError(f"the chat template does not write the call of a tool in message {number}")
+
+
 def _marked_row(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Tools) -> TokenRow:
     encoded = tokenizer.apply_chat_template(
         messages,
@@ -94,6 +118,14 @@ def _marked_row(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
     is_label = np.asarray(encoded["assistant_masks"], dtype=np.bool_)
     is_label[:1] = False
     return TokenRow(np.asarray(encoded["input_ids"], dtype=np.int64), is_label)
+
+
+def _places_of(character: str, text: str, start: int) -> Iterator[int]:
+    """Where a character stands in a text, from `start` on."""
+    place = text.find(character, start) if character else -1
+    while place >= 0:
+        yield place
+        place = text.find(character, place + 1)
 
 
 class _Layout:
@@ -121,33 +153,30 @@ class _Layout:
     def _turn_span(self, turn: int) -> tuple[int, int]:
         """Where in the text an assistant turn begins and ends, in characters.
 
-        Some templates write a turn otherwise once others follow it (Qwen3 leaves out an empty thought);
-        the turn is then looked for by its content and what the template puts behind that.
+        Some templates write a turn otherwise once others follow it (Qwen3 leaves out its thought): what stands there
+        then is the end of what stood there before.
         """
-        if not self.text.startswith(self._until(turn)):
+        before = self._until(turn)
+        if not self.text.startswith(before):
             raise DataError(
                 f"the chat template rewrites what stands before message {turn + 1} once more follows: {_SPLIT_UP}"
             )
         opened = self._rendered(turn, add_generation_prompt=True)
         until = self._until(turn + 1)
-        start = n_shared(opened, self.text)
+        known = len(before) if opened.startswith(before) else 0
+        start = known + n_shared(opened[known:], self.text[known:])
         if self.text.startswith(until):
             return start, len(until)
-        said = self.messages[turn]["content"].strip()
-        content = until.rfind(said) if said else -1
-        if content >= 0 and self.text.startswith(until[content:], start):
-            return start, start + len(until) - content
+        for cut in _places_of(self.text[start : start + 1], until, start):
+            if self.text.startswith(until[cut:], start):
+                return start, start + len(until) - cut
         raise DataError(
             f"the chat template changes the text of message {turn + 1}, so its end cannot be found: {_SPLIT_UP}"
         )
 
     def _rendered(self, n_messages: int, **settings: bool) -> str:
         """The text of the first messages."""
-        text = self.tokenizer.apply_chat_template(
-            self.messages[:n_messages], tools=self.tools, tokenize=False, **settings
-        )
-        assert isinstance(text, str)
-        return text
+        return _text(self.messages[:n_messages], self.tokenizer, self.tools, **settings)
 
     def _until(self, n_messages: int) -> str:
         """The text of the first messages as it is when others follow: Phi-3 puts an EOS after the last."""

@@ -68,10 +68,7 @@ class ExampleSet:
 
     @cached_property
     def lengths(self) -> NDArray[np.integer[Any]]:
-        """(examples,): the tokens of each one's longest row, or the bytes of its line: like goes with like.
-
-        Of the examples to train on.
-        """
+        """(training examples,): the tokens of each one's longest row, or the bytes of its line; like goes with like."""
         if self.line_bytes is not None:
             return self.line_bytes
         return np.array([max(len(row.input_ids) for row in example.rows) for example in self.examples])
@@ -202,7 +199,7 @@ def _batch(
 def longest_examples(data: ExampleSet, n: int) -> list[Example]:
     """The `n` examples with the longest rows, or with most of them: the worst batch that a step may meet.
 
-    Fewer examples than that are taken again, as a step takes them.
+    With fewer than `n` some are taken twice, as in a step.
     """
 
     def size(example: Example) -> int:

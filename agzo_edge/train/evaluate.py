@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,11 @@ class Metrics:
     reward: float | None = None  # mean reward of the likeliest answers
     intervals: Mapping[str, Interval] = field(default_factory=dict)  # of 95 %, by the names above
 
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON has them: null for a number that is not finite."""
+        told = asdict(self) | {"intervals": {name: [*map(_finite, span)] for name, span in self.intervals.items()}}
+        return told | {"loss": _finite(self.loss), "reward": _finite(self.reward)}
+
     @property
     def is_likelihood(self) -> bool:
         """Whether the loss is that of a text, which has a perplexity."""
@@ -41,6 +47,10 @@ class Metrics:
     def perplexity(self) -> float:
         """e to the loss."""
         return math.exp(min(self.loss, 700.0))  # e**709 is the largest float64
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 @torch.no_grad()

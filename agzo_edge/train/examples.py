@@ -32,8 +32,8 @@ def load_examples(
 ) -> ExampleSet:
     """The examples of a source; of a large JSON Lines file to train on, read when they are needed.
 
-    Rows are no longer than the model of `facts` has positions for. Raises DataError once, with the faults of all rows,
-    of a large file of those that the run uses.
+    Rows are no longer than the model of `facts` has positions for. Raises one DataError with the faults of all rows;
+    of a large file, of the rows that the run uses.
     """
     if facts is not None and (room := facts.room_for(config)) is not None:
         config = config.model_copy(update={"max_seq_length": min(config.max_seq_length, room)})

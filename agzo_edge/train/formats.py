@@ -5,7 +5,7 @@
     prompt-completion   two strings, or two lists of messages, of which the second is learned
     alpaca              instruction, output and, where it says something, input
     text                a string, all of it learned
-    preference          prompt, chosen and rejected: strings or messages; two whole conversations need no prompt
+    preference          prompt, chosen and rejected: strings or messages; whole conversations hold their prompt
     prompt              for a reward: a string or messages, and whatever fields the reward reads
     choice              prompt, options (two strings or more) and answer: its index, or the option itself
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from agzo_edge.data_config import Objective
+from agzo_edge.templates import spelled
 from agzo_edge.train.rows import RawRow, type_name
 from agzo_edge.train.turns import (
     as_messages,
@@ -77,10 +78,16 @@ def format_of(fields: Mapping[str, Any], objective: Objective) -> Format | None:
 def _normal(fields: Mapping[str, Any], row_format: Format) -> dict[str, Any]:
     """The fields as the rest of the program reads them."""
     if row_format == "sharegpt":
-        return {**fields, "messages": as_messages(fields["conversations"])}
-    if row_format == "preference" and "prompt" not in fields:
+        return {**fields, "messages": as_messages(fields["conversations"], system=fields.get("system"))}
+    if row_format == "preference" and _holds_prompt(fields):
         return {**fields, **with_prompt(fields["chosen"], fields["rejected"])}
     return dict(fields)
+
+
+def _holds_prompt(fields: Mapping[str, Any]) -> bool:
+    """Whether a pair's answers are whole conversations; UltraFeedback repeats their question as a string."""
+    prompt = fields.get("prompt")
+    return prompt is None or (isinstance(prompt, str) and isinstance(fields["chosen"], list))
 
 
 def _no_format(fields: Mapping[str, Any], objective: Objective) -> str:
@@ -116,9 +123,15 @@ def row_faults(row: SoundRow) -> list[str]:
     if row.format == "prompt-completion" and isinstance(fields["prompt"], list):
         return _exchange_faults(fields["prompt"], fields["completion"]) + tools_faults(fields)
     faults = [fault for name in _FIELDS["lm"][row.format] for fault in string_faults(name, fields[name])]
-    if row.format == "alpaca" and fields.get("input"):
+    if row.format == "alpaca" and has_input(fields):
         faults += string_faults("input", fields["input"])
     return faults
+
+
+def has_input(fields: Mapping[str, Any]) -> bool:
+    """Whether an instruction comes with something to work on: many files have a blank where there is nothing."""
+    given = fields.get("input")
+    return bool(given.strip() if isinstance(given, str) else given)
 
 
 def _exchange_faults(prompt: object, completion: object, *, name: str = "completion") -> list[str]:
@@ -132,7 +145,7 @@ def _exchange_faults(prompt: object, completion: object, *, name: str = "complet
 def _preference_faults(fields: Mapping[str, Any]) -> list[str]:
     names = ("chosen", "rejected")
     if fields["prompt"] is None:
-        return ["prompt is missing or null; only chosen and rejected that are whole conversations need none"]
+        return ["prompt is missing or null; only chosen and rejected that are both whole conversations need none"]
     if isinstance(fields["prompt"], list):
         faults = [f for name in names for f in _exchange_faults(fields["prompt"], fields[name], name=name)]
         faults = list(dict.fromkeys(faults)) + tools_faults(fields)  # what is wrong with the prompt, once
@@ -158,12 +171,11 @@ def _choice_faults(options: object, answer: object) -> list[str]:
 def answer_index(options: Sequence[str], answer: object) -> int | None:
     """The index of the right option, given as one of the options or as its index; none when it is neither.
 
-    An index may be digits in a string, as in a table's cell; an option that reads so comes first.
+    An option that reads as the answer does comes before an index: a table's cell and JSON's number are one answer.
     """
-    if isinstance(answer, str) and answer in options:
-        return options.index(answer)
-    if isinstance(answer, str) and answer.isdecimal():
-        answer = int(answer)
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        return answer
-    return None
+    if isinstance(answer, bool) or not isinstance(answer, str | int):
+        return None
+    if spelled(answer) in options:
+        return options.index(spelled(answer))
+    indices = [str(index) for index in range(len(options))]
+    return indices.index(spelled(answer)) if spelled(answer) in indices else None

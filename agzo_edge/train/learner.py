@@ -116,7 +116,7 @@ class Learner:
             self._best = {name: tensor.cpu() for name, tensor in self._present().items()}
 
     def go_back(self) -> int:
-        """Be again in the best state so far, bit for bit, to go on with a smaller rate; the steps that it has seen.
+        """Restore the best state so far, bit for bit, and cut the rate; the number of steps that state has seen.
 
         Raises ValueError when no state was remembered.
 
@@ -125,9 +125,19 @@ class Learner:
         """
         if not self._best:
             raise ValueError("there is no state to go back to")
+        window = self.window()
         self._restore_present(self._best)
+        if self.is_best_at_start:  # a state from before the first window: the present one goes on, with nothing learned
+            self._go_on_in(window)
         self.rate_factor *= RATE_AFTER_UNDO
         return self.best_step
+
+    def _go_on_in(self, window: WindowBases) -> None:
+        """Learn from now on in a window that is there already, with the optimizer's state at its beginning."""
+        for branch, scale in zip(self.branches, window.scales, strict=True):
+            branch.group.basis, branch.scale = window.bases[branch.group.index], scale
+            branch.guide = window.guides.get(branch.index)
+            branch.moments = [torch.zeros_like(branch.c) for _ in range(N_MOMENTS[self.config.optimizer])]
 
     def apply(self, step: int, measured: Measurement, *, learning_rate: float, move: bool = True) -> None:
         """Move every branch's coefficients: C ← C − lr · s · direction(sum_b w_b g_b R_b / v).

@@ -31,7 +31,7 @@ def fitted_rows(
     if longest > limit:
         rows = (_without_end(rows[0], limit),) if len(rows) == 1 else _without_start(rows, limit, bos_id)
         if not all_learn(rows):
-            raise DataError(f"no label token: of {longest:,} tokens the first {limit:,} are all prompt")
+            raise DataError(f"no label token: of {longest:,} tokens none of the first {limit:,} is one to learn")
     if not all_learn(rows):
         raise DataError("no label token: nothing would be learned from this row")
     return rows
@@ -69,7 +69,7 @@ def _without_start(rows: Sequence[TokenRow], limit: int, bos_id: int | None) -> 
     cut = kept + longest_tokens(rows) - limit
     if cut >= prompt_tokens:
         option_tokens = longest_tokens(rows) - prompt_tokens
-        raise DataError(f"an option alone has {option_tokens:,} tokens: no prompt would be left of {limit:,}")
+        raise DataError(f"an answer alone has {option_tokens:,} tokens: no prompt would be left of {limit:,}")
     return tuple(
         TokenRow(
             np.concatenate([row.input_ids[:kept], row.input_ids[cut:]]),

@@ -58,9 +58,9 @@ class Lookout:
         return Look(went_back_to=self._learner.go_back())
 
     def after(self, step: int) -> int | None:
-        """Look once more after the run's last step: what has not paid by then is not kept.
+        """After the run's last step look once more, and go back where it has not paid.
 
-        The steps of the best state, where the run has gone back to it.
+        The steps of the state that it went back to, or None.
         """
         if not self._learner.watched or step != self._guard.config.max_steps - 1:
             return None

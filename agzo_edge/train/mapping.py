@@ -39,7 +39,10 @@ def _made_fields(fields: Mapping[str, Any], config: DataConfig) -> dict[str, Any
     if config.options is not None:
         made["options"] = [filled(option, fields) for option in config.options]
     if config.answer_field is not None or config.labels is not None:
-        made["answer"] = _answer(fields[config.answer_field or "answer"], config.labels)
+        field = config.answer_field or "answer"
+        if fields.get(field) is None:
+            raise KeyError(field)
+        made["answer"] = _answer(fields[field], config.labels)
     return made
 
 

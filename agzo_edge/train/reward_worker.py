@@ -46,6 +46,8 @@ def _module_of(place: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # as dataclasses look for it
+    sys.path.insert(0, str(path.parent))  # what it imports may lie beside it
     spec.loader.exec_module(module)
     return module
 

@@ -23,7 +23,7 @@ def exact_match(pattern: str | None, answer_field: str) -> Reward:
     """Whether text and answer are equal; with a pattern, its last match in each (its group where it has one)."""
 
     def reward(_prompt: Any, text: str, row: Mapping[str, Any]) -> float:
-        answer = str(row[answer_field])
+        answer = _answer(row, answer_field)
         if pattern is None:
             return float(text.strip() == answer.strip())
         wanted, found = _last_match(pattern, answer), _last_match(pattern, text)
@@ -32,6 +32,16 @@ def exact_match(pattern: str | None, answer_field: str) -> Reward:
         return float(found == wanted)
 
     return reward
+
+
+def _answer(row: Mapping[str, Any], field: str) -> str:
+    """The row's answer as text. Raises KeyError where there is none, ValueError for what cannot be compared."""
+    answer = row[field]
+    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+        raise ValueError(
+            f"the row's {field} is {json.dumps(answer, default=str)[:80]}; it must be a string or a number"
+        )
+    return str(answer)
 
 
 def _last_match(pattern: str, text: str) -> str | None:
@@ -43,7 +53,7 @@ def f1(_argument: str | None, answer_field: str) -> Reward:
     """Twice the words in common over all words of text and answer. Source: SQuAD, arXiv 1606.05250, 6.1."""
 
     def reward(_prompt: Any, text: str, row: Mapping[str, Any]) -> float:
-        found, wanted = _words(text), _words(str(row[answer_field]))
+        found, wanted = _words(text), _words(_answer(row, answer_field))
         common = sum((Counter(found) & Counter(wanted)).values())
         return 2 * common / (len(found) + len(wanted)) if common else 0.0
 

@@ -19,7 +19,8 @@ from agzo_edge.errors import DataError
 from agzo_edge.units import MIB, format_bytes
 
 MAX_ROW_BYTES = 16 * MIB  # a longer line is no row: a file without line ends, or of another kind
-_JSON_COLUMNS = ("messages", "conversations", "options")  # lists, which a table's cell can only hold as JSON
+_LISTS = ("messages", "conversations", "options")  # columns that a table's cell can only hold as JSON
+_MESSAGES = ("prompt", "completion", "chosen", "rejected")  # those that may be text, or messages as JSON
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,18 @@ def _tsv(path: Path) -> Iterator[RawRow | BrokenRow]:
 
 def _table_rows(path: Path, *, delimiter: str, quoting: Literal[0, 3]) -> Iterator[RawRow | BrokenRow]:
     with _text(path, newline="") as lines:
+        csv.field_size_limit(MAX_ROW_BYTES)
         reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
         columns: list[str] | None = None
         line = 1
         try:
             for cells in reader:
                 place, line = f"{path.name}:{line}", reader.line_num + 1  # a quoted cell may span lines
+                if not cells:
+                    continue
                 if columns is None:
                     columns = _columns(cells, place)
-                elif cells:
+                else:
                     yield _table_row(columns, cells, place)
         except csv.Error as error:  # what follows an open quote cannot be told into rows
             yield BrokenRow(f"{path.name}:{line}", f"not a table's row; nothing after it was read: {error}")
@@ -182,12 +186,14 @@ def _table_row(columns: list[str], cells: list[str], place: str) -> RawRow | Bro
 
 
 def _cell(column: str, cell: str) -> Any:
-    if column in _JSON_COLUMNS and cell.lstrip().startswith("["):
-        try:
-            return json.loads(cell)
-        except (ValueError, RecursionError):
-            return cell  # the check of the fields says that it is no list
-    return cell
+    if column not in _LISTS + _MESSAGES or not cell.lstrip().startswith("["):
+        return cell
+    try:
+        values = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell  # of a list the check of the fields says that it is none
+    are_messages = all(isinstance(value, dict) and "role" in value for value in values)
+    return values if column in _LISTS or (values and are_messages) else cell
 
 
 def _parquet(path: Path) -> Iterator[RawRow | BrokenRow]:
@@ -199,7 +205,12 @@ def _parquet(path: Path) -> Iterator[RawRow | BrokenRow]:
             for fields in batch.to_pylist():
                 number += 1
                 yield RawRow(f"{path.name}:row {number}", fields)
-    except (pyarrow.ArrowException, OSError) as error:  # pages that cannot be unpacked are an OSError
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        OverflowError,
+        ValueError,
+    ) as error:  # pages, dates, text that is not UTF-8
         raise DataError(f"{path}: cannot be read as Parquet after row {number}: {error}") from None
 
 

@@ -44,13 +44,21 @@ def source_files(path: Path, *, split: Split) -> list[Path]:
     """The files to read: the path itself, a directory's file for `split`, or all notes of a directory of notes."""
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file_kind(file) in FILE_KINDS)
-    if any(_is_of(file, names) for file in files for names in _FILE_NAMES.values()):
-        return [_split_file(path, files, split)]
-    notes = sorted(file for file in path.rglob("*") if _is_note(file.relative_to(path)) and file.is_file())
-    if notes and split == "train" and all(file_kind(file) in PLAIN_KINDS for file in files):
+    try:
+        below = sorted(file for file in path.rglob("*") if file_kind(file) in FILE_KINDS and file.is_file())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    files = [file for file in below if file.parent == path]
+    notes = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if split == "train" and notes and not _has_splits(files) and all(file_kind(note) in PLAIN_KINDS for note in notes):
         return notes
     return [_split_file(path, files, split)]
+
+
+def _has_splits(files: Sequence[Path]) -> bool:
+    """Whether files are named as splits; a note may be called train.md among others."""
+    of_split = [file for file in files if any(_is_of(file, names) for names in _FILE_NAMES.values())]
+    return len(of_split) == len(files) > 0 or any(file_kind(file) != ".md" for file in of_split)
 
 
 def _split_file(directory: Path, files: Sequence[Path], split: Split) -> Path:
@@ -67,11 +75,6 @@ def _split_file(directory: Path, files: Sequence[Path], split: Split) -> Path:
     return found[0]
 
 
-def _is_note(file: Path) -> bool:
-    """Whether a path within a directory is plain text; what is hidden belongs to an editor, or to git."""
-    return file_kind(file) in PLAIN_KINDS and not any(part.startswith(".") for part in file.parts)
-
-
 def _is_of(file: Path, names: Sequence[str]) -> bool:
     """Whether a file is named as one of the splits."""
     return file.name.split(".")[0].lower() in names
@@ -79,10 +82,11 @@ def _is_of(file: Path, names: Sequence[str]) -> bool:
 
 def _hub_rows(name: str, split: Split) -> Iterator[RawRow]:
     import datasets  # takes seconds, and is needed for nothing else
+    from datasets.exceptions import DatasetsError
 
     try:
         table = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(
             f"{name}: no such file or directory, and the {split} split of a data set of that name "

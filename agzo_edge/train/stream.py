@@ -23,6 +23,7 @@ from agzo_edge.train.order import chosen_examples, padding_share
 from agzo_edge.train.row_index import RowIndex, row_index
 from agzo_edge.train.tally import Made, Tally
 from agzo_edge.train.tokens import TokenRow
+from agzo_edge.train.undo import watched_lines
 from agzo_edge.units import MIB
 
 STREAM_BYTES = 64 * MIB  # of a file; its tokens and their objects would take some ten times as much
@@ -52,7 +53,7 @@ class StreamedExamples(Sequence[Example]):
         raise DataError(f"{self.file.path}: every row was dropped: raise --max-seq-length")
 
     def tried(self, number: int) -> Iterator[tuple[int, Made]]:
-        """The lines that are looked at for an example, and what became of each; the last is not dropped."""
+        """The lines that are looked at for an example, and what became of each; all are dropped, or the last is not."""
         for line in chain(range(number, len(self)), range(number)):
             row = self.file.row(line)
             if row is not None:
@@ -88,11 +89,11 @@ def streamed_examples(
 
 
 def _used_lines(index: RowIndex, config: RunConfig) -> Iterator[int]:
-    """The lines that the run uses, each once, in the order of their first use, but the first of the file first."""
+    """The lines that the run uses, each once: the file's first, which tells the format, those watched, each step's."""
     seen: set[int] = set()
-    for step in range(config.max_steps if len(index) else 0):
-        chosen = chosen_examples(index.sizes, step=step, config=config)
-        for line in chosen if step else [0, *chosen]:  # the first line tells the format
+    steps = (chosen_examples(index.sizes, step=step, config=config) for step in range(config.max_steps))
+    for lines in chain([[0], watched_lines(len(index), config)], steps) if len(index) else ():
+        for line in lines:
             if line not in seen:
                 seen.add(line)
                 yield line

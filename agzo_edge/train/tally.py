@@ -29,6 +29,7 @@ class Tally:
     rows_used: int = 0
     rows_truncated: int = 0
     longest_tokens: int = 0  # before anything is cut
+    longest_refused: int = 0
     longest_used: int = 0
     label_tokens: int = 0
     tokens: int = 0
@@ -40,6 +41,7 @@ class Tally:
         self.rows_seen += 1
         self.longest_tokens = max(self.longest_tokens, made.longest_tokens)
         if made.fault:
+            self.longest_refused = max(self.longest_refused, made.longest_tokens)
             self.faults.setdefault(made.fault, []).append(place)
         elif made.example is not None:
             self.rows_truncated += made.truncated
@@ -64,11 +66,11 @@ class Tally:
         """Why these rows cannot be trained on; empty when they can. The model has `room_tokens` for a row."""
         if self.faults:
             counted = f"{sum(map(len, self.faults.values())):,} of {self.rows_seen:,} rows cannot be used"
-            advice = f"\nlonger rows: --max-seq-length {self.longest_tokens}, or --overlong truncate or drop"
-            if room_tokens is not None and self.longest_tokens > room_tokens:
+            advice = f"\nlonger rows: --max-seq-length {self.longest_refused}, or --overlong truncate or drop"
+            if room_tokens is not None and self.longest_refused > room_tokens:
                 advice = f"\nthe model has positions for {room_tokens:,} tokens: --overlong truncate or drop"
             told = numbered([_told(fault, places) for fault, places in self.faults.items()])
-            return f"{counted}:\n{told}" + advice * (self.longest_tokens > limit_tokens)
+            return f"{counted}:\n{told}" + advice * (self.longest_refused > limit_tokens)
         if not self.rows_seen:
             return "holds no rows"
         if not self.rows_used:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agzo_edge.errors import DataError
 from agzo_edge.train.conversation import conversation_row, exchange_row, prompt_ids
-from agzo_edge.train.formats import Format
+from agzo_edge.train.formats import Format, has_input
 from agzo_edge.train.tokens import TokenRow, labelled_from, last_labels, n_shared
 from agzo_edge.train.turns import tools_of
 
@@ -67,32 +67,34 @@ def needs_chat_template(fields: Mapping[str, Any], row_format: Format) -> bool:
 def _prompt_row(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenRow:
     """A prompt that the model is to answer; nothing of it is a label."""
     prompt = fields["prompt"]
-    ids = prompt_ids(prompt, tokenizer, tools=tools_of(fields)) if isinstance(prompt, list) else None
-    ids = _token_ids([prompt], tokenizer)[0] if ids is None else ids
+    if isinstance(prompt, list):
+        ids = prompt_ids(prompt, tokenizer, tools=tools_of(fields))
+    else:
+        (ids,) = _token_ids([prompt], tokenizer)
     return labelled_from(len(ids), ids)
 
 
 def _completed_row(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, *, ends: bool = True) -> TokenRow:
     """Prompt and completion, and an EOS when the text `ends`; everything is a label when there is no prompt."""
-    prompt_ids, ids = _token_ids([prompt, prompt + completion], tokenizer)
+    asked, ids = _token_ids([prompt, prompt + completion], tokenizer)
     eos_id = tokenizer.eos_token_id
     if ends and eos_id is not None and ids[-1:] != [eos_id]:
         ids = [*ids, eos_id]
-    return labelled_from(n_shared(prompt_ids, ids) if prompt else 0, ids)
+    return labelled_from(n_shared(asked, ids) if prompt else 0, ids)
 
 
 def _option_rows(prompt: str, options: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[TokenRow, ...]:
-    """The prompt with each option; scored from the first token that is not the same in all of them.
+    """The prompt with each option, scored from the first token after the prompt.
 
     One boundary for all options: where an option's first letters merge with the prompt's last token,
     the other options are scored from that token too, or the sums would not be of the same event.
     """
-    prompt_ids, *rows = _token_ids([prompt, *(prompt + option for option in options)], tokenizer)
+    asked, *rows = _token_ids([prompt, *(prompt + option for option in options)], tokenizer)
     for i, ids in enumerate(rows):
         if ids in rows[:i]:
             alike = f"options {rows.index(ids)} and {i}"
             raise DataError(f"{alike} are the same tokens: no model can tell them apart")
-    start = min(n_shared(prompt_ids, ids) for ids in rows)
+    start = min(n_shared(asked, ids) for ids in rows)
     for i, ids in enumerate(rows):
         if len(ids) <= max(start, 1):
             raise DataError(f"option {i} adds no token to the prompt, so it has no score: begin options with a space")
@@ -114,7 +116,8 @@ def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
 
 def _alpaca_row(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenRow:
     """Instruction and output as one exchange; with Stanford's headings where there is no chat template."""
-    instruction, given, output = fields["instruction"], fields.get("input") or "", fields["output"]
+    instruction, output = fields["instruction"], fields["output"]
+    given = fields["input"] if has_input(fields) else ""
     if tokenizer.chat_template:
         question = f"{instruction}\n\n{given}" if given else instruction
         exchange = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]

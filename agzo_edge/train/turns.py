@@ -46,11 +46,12 @@ def character_faults(name: str, value: str) -> list[str]:
     return []
 
 
-def as_messages(conversation: object) -> object:
-    """ShareGPT's turns as messages; what has not its form stays, and the check says what is wrong."""
+def as_messages(conversation: object, *, system: object) -> object:
+    """ShareGPT's turns as messages, after a row's `system`; anything else stays, and the check says what is wrong."""
     if not isinstance(conversation, list):
         return conversation
-    return [_as_message(turn) for turn in conversation]
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [_as_message(turn) for turn in conversation]
 
 
 def _as_message(turn: object) -> object:
@@ -109,12 +110,22 @@ def _turn_faults(message: object, number: int) -> list[str]:
     return faults + string_faults(f"message {number}'s content", message.get("content"))
 
 
+def without_nulls(value: Any) -> Any:
+    """A value without the fields that are null, at any depth: a table has each row's fields in all rows.
+
+    Source: TRL does the same to a data set's rows (remove_none_values).
+    """
+    if isinstance(value, dict):
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 def tools_of(fields: Mapping[str, Any]) -> Sequence[Any] | None:
     """The tools of a row, from a list or from its JSON text; none where there are none.
 
     Raises DataError, without a place, for what is neither.
     """
-    tools = fields.get("tools")
+    tools = without_nulls(fields.get("tools"))
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)

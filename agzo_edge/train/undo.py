@@ -21,8 +21,8 @@ WATCHED_SHARE = 1 / 25  # of a run's examples at most, beyond the least: a short
 HELD_BACK_SHARE = 1 / 10  # of the data at most
 ENOUGH_WATCHED = 16  # to tell a small gain from chance
 USUAL_BATCH = 16  # where fewer make a step, looks are rarer: they take the same share of a run
-CHANCE_ERRORS = 2.0  # standard errors of a mean difference: one look in 44 by chance lies further to either side
-LOST_DEVIATIONS = 2.0  # of single examples above the best state's mean: where a batch hardly lies by chance
+CHANCE_ERRORS = 2.0  # standard errors of a mean difference: by chance one look in 44 lies further above, one below
+LOST_DEVIATIONS = 2.0  # of single examples: a batch is hardly by chance so far above the best state's mean
 
 
 def is_due(step: int, config: RunConfig) -> bool:
@@ -43,14 +43,24 @@ def held_back(examples: Sequence[Example], config: RunConfig) -> list[int]:
 
 def n_watched(data: ExampleSet, config: RunConfig) -> int:
     """How many examples a run watches."""
+    return _n_watched(len(data.held_back or data.examples), config)
+
+
+def _n_watched(n_examples: int, config: RunConfig) -> int:
+    """How many of so many."""
     share = int(WATCHED_SHARE * config.max_steps * config.batch_size)
-    return min(len(data.held_back or data.examples), MOST_WATCHED, max(LEAST_WATCHED, share))
+    return min(n_examples, MOST_WATCHED, max(LEAST_WATCHED, share))
+
+
+def watched_lines(n_lines: int, config: RunConfig) -> list[int]:
+    """The lines of a large file whose examples a run watches, evenly spread: it trains on few of them."""
+    return _spread(range(n_lines), _n_watched(n_lines, config)) if config.can_go_back else []
 
 
 def watched_examples(data: ExampleSet, n_examples: int) -> list[Example]:
     """The examples to watch: of those held back, or of all where none are.
 
-    Of a large file, whose rows are not read for that, evenly spread over its lines: a run trains on few of them.
+    Of a large file, whose rows are not read for that, those of `watched_lines`.
     """
     if data.line_bytes is not None:
         return [data.examples[place] for place in _spread(range(len(data.examples)), n_examples)]
@@ -78,10 +88,7 @@ def is_harm(losses: Sequence[float], best: Sequence[float]) -> bool:
 
 
 def is_gain(losses: Sequence[float], best: Sequence[float], *, of_start: bool) -> bool:
-    """Whether a state is better on the watched examples than the best one so far.
-
-    Than the run's start by more than chance may give.
-    """
+    """Whether a state is better on the watched examples than the best so far; than the start by more than chance."""
     return _errors_above(losses, best) < -(CHANCE_ERRORS if of_start else 0.0)
 
 

@@ -76,7 +76,7 @@ def test_truncation_takes_the_start_of_a_choice_prompt_and_keeps_bos(jsonl: Json
     rows = data.examples[0].rows
     assert [tokenizer.decode(row.input_ids) for row in rows] == ["<s>efxyz", "<s>efw"]
     assert [int(row.is_label.sum()) for row in rows] == [3, 1]
-    with pytest.raises(DataError, match=r"notes.jsonl:1: an option alone has 3 tokens: no prompt would be left of 4"):
+    with pytest.raises(DataError, match=r"notes.jsonl:1: an answer alone has 3 tokens: no prompt would be left of 4"):
         load(source, tokenizer, objective="choice", max_seq_length=4, overlong="truncate")
 
 
@@ -100,7 +100,9 @@ def test_a_row_without_a_label_is_an_error_unless_it_may_be_dropped(jsonl: Jsonl
 
 def test_truncation_to_the_prompt_alone_is_an_error(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
     source = jsonl({"prompt": "abcdef", "completion": "g"})
-    with pytest.raises(DataError, match=r"notes.jsonl:1: no label token: of 9 tokens the first 5 are all prompt"):
+    with pytest.raises(
+        DataError, match=r"notes.jsonl:1: no label token: of 9 tokens none of the first 5 is one to learn"
+    ):
         load(source, tokenizer, max_seq_length=5, overlong="truncate")
 
 

@@ -69,7 +69,12 @@ def test_a_filled_template_is_the_fields_between_its_words(fields: dict[str, str
     assert filled("x{a} {{{b}}}{c}", fields) == f"x{fields['a']} {{{fields['b']}}}{fields['c']}"
 
 
-@pytest.mark.parametrize("template", ["{a.b}", "{a[0]}", "{}", "{a", "a}", "{a b}"])
+def test_a_field_may_have_a_name_of_several_words() -> None:
+    assert template_fault("{Review Text}") == ""
+    assert filled("{Review Text}!", {"Review Text": "Good"}) == "Good!"
+
+
+@pytest.mark.parametrize("template", ["{a.b}", "{a[0]}", "{}", "{a", "a}"])
 def test_a_template_that_asks_for_more_than_a_field_has_a_fault(template: str) -> None:
     assert template_fault(template)
 

@@ -22,6 +22,7 @@ from agzo_edge.train.data import ExampleSet, longest_examples
 from agzo_edge.train.examples import load_examples
 from agzo_edge.train.order import chosen_examples, examples_of_step
 from agzo_edge.train.rows import BrokenRow, RawRow, file_rows
+from agzo_edge.train.undo import watched_lines
 
 Jsonl = Callable[..., str]
 WORDS = [{"text": "x" * (1 + i % 7)} for i in range(40)]
@@ -70,8 +71,8 @@ def test_what_is_streamed_is_what_would_be_held(load: Any, jsonl: Jsonl, tokeniz
 
 
 def test_the_rows_of_the_run_are_counted_and_the_largest_known(load: Any, jsonl: Jsonl) -> None:
-    data = load(jsonl(*WORDS), max_steps=3, batch_size=2)
-    config = RunConfig(max_steps=3, batch_size=2)
+    data = load(jsonl(*WORDS), max_steps=3, batch_size=2, undo_every=0)
+    config = RunConfig(max_steps=3, batch_size=2, undo_every=0)
     used = {0}.union(*(chosen_examples(data.lengths, step=step, config=config) for step in range(3)))
     assert (data.report.rows_read, data.report.rows_used) == (40, len(used))
     longest = max(len(WORDS[i]["text"]) + 2 for i in used)
@@ -89,11 +90,19 @@ def test_a_broken_row_that_the_run_uses_is_told_before_it_starts(load: Any, json
     assert "notes.jsonl:21: broken JSON" in told
 
 
+def test_a_broken_row_that_is_only_watched_is_told_before_the_start(load: Any, jsonl: Jsonl) -> None:
+    small = {"max_steps": 1, "batch_size": 1}
+    (last,) = {39} & {*watched_lines(40, RunConfig(**small))}
+    assert last not in chosen_examples(load(jsonl(*WORDS), **small).lengths, step=0, config=RunConfig(**small))
+    with pytest.raises(DataError, match=r"notes.jsonl:40: text is a number"):
+        load(jsonl(*WORDS[:39], {"text": 3}), **small)
+
+
 def test_beyond_the_rows_looked_at_a_fault_comes_with_its_step(
     load: Any, jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "CHECKED_ROWS", 4)
-    data = load(jsonl(*WORDS[:39], {"text": ""}), group_by_length=False)
+    data = load(jsonl(*WORDS[:39], {"text": ""}), group_by_length=False, undo_every=0)
     with pytest.raises(DataError, match=r"notes.jsonl:40: text is empty"):
         list(data.examples)
 

@@ -45,7 +45,7 @@ def test_a_broken_sharegpt_row_is_told_as_messages_are(turns: object, told: str)
 
 
 def test_messages_under_sharegpts_name_are_taken_as_they_are() -> None:
-    assert as_messages([USER]) == [USER]
+    assert as_messages([USER], system=None) == [USER]
 
 
 def test_a_call_needs_no_text_and_anything_else_does() -> None:
