@@ -1,6 +1,7 @@
 """Evaluations during a run: the best adapter is kept, and a run without progress ends."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from agzo_edge import demo
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import ConfigError
 from agzo_edge.events import Evaluated, Event, Finished, Stepped
+from agzo_edge.rundir import keep_evaluations, kept_evaluations
 from agzo_edge.session import training
 from agzo_edge.train.best import best_step, out_of_patience
 from agzo_edge.train.evaluate import Metrics
@@ -32,6 +34,17 @@ def test_patience_ends_when_so_many_evaluations_were_no_better_than_one_before()
     assert out_of_patience(flat, "loss", patience=2)
     assert not out_of_patience(flat, "loss", patience=3)
     assert not out_of_patience(flat, "loss", patience=0)
+
+
+def test_what_is_not_finite_is_the_worst_and_is_kept_as_null(tmp_path: Path) -> None:
+    lost = losses(4.0, math.nan, 3.0, math.inf)
+    assert best_step(lost, "loss") == 20
+    assert out_of_patience(losses(2.0, 3.0, math.nan), "loss", patience=2)
+    keep_evaluations(tmp_path, lost, data_sha256="a")
+    assert "NaN" not in (tmp_path / "evaluations.json").read_text()
+    found = kept_evaluations(tmp_path, data_sha256="a")
+    assert [math.isfinite(metrics.loss) for metrics in found.values()] == [True, False, True, False]
+    assert kept_evaluations(tmp_path, data_sha256="b") == {}
 
 
 def config_of(out: Path, **settings: object) -> RunConfig:

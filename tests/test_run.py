@@ -130,9 +130,13 @@ def test_a_replay_computes_with_the_threads_of_the_run(tmp_path: Path, as_one_fi
 RUINOUS = {"learning_rate": 100.0, "undo_every": 2, "refresh_every": 3, "batch_size": 16, "lr_schedule": "constant"}
 
 
-def test_a_run_that_does_harm_goes_back_and_is_replayed_and_resumed_to_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_a_run_that_does_harm_goes_back_and_is_replayed_and_resumed_to_the_same_bytes(
+    tmp_path: Path, optimizer: str
+) -> None:
     held_out = str(demo.DATA_DIR / demo.VALID_NAME)
-    events = trained(tmp_path / "whole", eval_data=held_out, **RUINOUS)
+    settings = RUINOUS | {"optimizer": optimizer}
+    events = trained(tmp_path / "whole", eval_data=held_out, **settings)
     went_back = [event for event in events if isinstance(event, WentBack)]
     assert went_back
     assert all(event.to_step < event.step for event in went_back)
@@ -147,10 +151,10 @@ def test_a_run_that_does_harm_goes_back_and_is_replayed_and_resumed_to_the_same_
 
     for last in range(1, 6):
         out = tmp_path / f"cut-{last}"
-        cut = training(config_of(out, eval_data=held_out, **RUINOUS))
+        cut = training(config_of(out, eval_data=held_out, **settings))
         next(event for event in cut if isinstance(event, Stepped) and event.timed.record.step == last)
         cut.close()
-        trained(out, resume=True, eval_data=held_out, **RUINOUS)
+        trained(out, resume=True, eval_data=held_out, **settings)
         assert adapter_of(out) == adapter_of(tmp_path / "whole")
 
 

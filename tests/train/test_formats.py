@@ -1,6 +1,8 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agzo_edge.data_config import Objective
 from agzo_edge.train.formats import SoundRow, answer_index, checked_row, format_of
@@ -138,6 +140,14 @@ def test_an_answer_is_an_option_before_it_is_an_index() -> None:
     assert answer_index(["no", "yes"], "0") == 0
     assert answer_index(["1", "0"], "0") == 1
     assert answer_index(["no", "yes"], 1) == 1
+
+
+@given(answer=st.integers(-2, 12), shift=st.integers(0, 2))
+def test_a_number_and_its_digits_are_the_same_answer(answer: int, shift: int) -> None:
+    options = [str(n + shift) for n in range(10)]  # stars from 1 to 10, say
+    assert answer_index(options, answer) == answer_index(options, str(answer))
+    if str(answer) in options:
+        assert answer_index(options, answer) == options.index(str(answer))
 
 
 def test_a_sound_row_comes_through_with_place_and_fields() -> None:

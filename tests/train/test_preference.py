@@ -116,11 +116,12 @@ def test_answers_are_scored_from_one_boundary_with_their_end(jsonl: Jsonl) -> No
     assert example.answer == 0
 
 
-def test_two_whole_conversations_part_where_they_differ(jsonl: Jsonl) -> None:
+@pytest.mark.parametrize("beside", [{}, {"prompt": None}, {"prompt": "Hi"}])
+def test_two_whole_conversations_part_where_they_differ(jsonl: Jsonl, beside: dict[str, Any]) -> None:
     def talk(answer: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
 
-    whole = load(jsonl({"chosen": talk("yes"), "rejected": talk("no")}), CHATML_MARKED)
+    whole = load(jsonl({**beside, "chosen": talk("yes"), "rejected": talk("no")}), CHATML_MARKED)
     apart = {"prompt": talk("")[:1], "chosen": talk("yes")[1:], "rejected": talk("no")[1:]}
     (expected,) = load(jsonl(apart), CHATML_MARKED)
     for row, other in zip(whole[0].rows, expected.rows, strict=True):

@@ -103,6 +103,23 @@ def test_a_function_of_a_file_judges_every_text_in_order(opened: list[Judge], ou
     assert judge_of(opened, f"{ours}:fine").rewards([QUESTION, longer]) == [5, 5.5]
 
 
+def test_a_file_may_have_dataclasses_and_import_what_lies_beside_it(opened: list[Judge], tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("BONUS = 4")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport beside\n"
+        "@dataclass\nclass Score:\n    value: float\n"
+        "def fine(prompt, text, row): return Score(beside.BONUS).value\n"
+    )
+    assert judge_of(opened, f"{tmp_path / 'mine.py'}:fine").rewards([QUESTION]) == [4]
+
+
+@pytest.mark.parametrize(("name", "answer"), [("exact_match", None), ("f1", ["abc"]), ("exact_match", {"a": 1})])
+def test_an_answer_that_cannot_be_compared_names_the_row(opened: list[Judge], name: str, answer: object) -> None:
+    asked = Question("?", "None", {"answer": answer}, "notes.jsonl:12")
+    with pytest.raises(RewardError, match=r"notes.jsonl:12: .* the row's answer is .*must be a string or a number"):
+        judge_of(opened, name).rewards([asked])
+
+
 def test_a_function_of_a_module_and_a_built_in_are_named_alike(opened: list[Judge]) -> None:
     assert judge_of(opened, "exact_match").rewards([QUESTION]) == [1]
     with pytest.raises(RewardError, match="raised TypeError"):

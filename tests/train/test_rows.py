@@ -81,6 +81,20 @@ def test_a_cell_can_hold_a_list_as_json(tmp_path: Path) -> None:
     assert [row.fields["options"] for row in rows] == [["yes", "no"], "[yes"]
 
 
+def test_a_cell_can_hold_messages_and_brackets_that_are_none(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    rows = write_table(tmp_path / "t.tsv", f'prompt\tchosen\n{json.dumps(messages)}\t["a"]\n[1] says\t[]\n')
+    assert [row.fields for row in rows] == [
+        {"prompt": messages, "chosen": '["a"]'},
+        {"prompt": "[1] says", "chosen": "[]"},
+    ]
+
+
+def test_a_cell_may_be_as_long_as_a_line(tmp_path: Path) -> None:
+    (row,) = write_table(tmp_path / "t.csv", "\ntext\n" + "a" * 200_000 + "\n")  # and a blank line names no column
+    assert len(row.fields["text"]) == 200_000
+
+
 def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t.csv:1: column 'text' is named twice"):
         write_table(tmp_path / "t.csv", "text,text\na,b\n")
@@ -127,6 +141,13 @@ def test_a_line_too_long_to_be_a_row_is_named_and_the_next_one_read(tmp_path: Pa
 def test_a_file_saved_as_utf_16_is_told_from_broken_json(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16"))
     assert "as UTF-16 does: save the file as UTF-8" in str(next(iter(file_rows(tmp_path / "t.jsonl"))))
+
+
+def test_parquet_with_a_date_that_python_has_not_is_refused(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"when": pyarrow.array([10**7], pyarrow.date32())}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="cannot be read as Parquet after row 0: date value out of range"):
+        list(file_rows(tmp_path / "t.parquet"))
 
 
 def test_parquet_with_a_damaged_page_is_told_with_the_rows_before_it(tmp_path: Path) -> None:

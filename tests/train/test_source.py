@@ -30,6 +30,22 @@ def test_a_directory_without_the_split_says_what_it_holds(tmp_path: Path) -> Non
         list(read_rows(str(tmp_path), split="validation"))
 
 
+def test_a_downloaded_data_set_is_not_read_as_its_readme(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000-of-00001.parquet").touch()
+    with pytest.raises(DataError, match=r"no train.\* in it \(README.md\)"):
+        list(read_rows(str(tmp_path), split="train"))
+
+
+def test_notes_may_be_called_as_splits_are(tmp_path: Path) -> None:
+    for name in ("train.md", "test.md", "monday.md"):
+        (tmp_path / name).write_text(f"of {name}")
+    assert [row.name for row in read_rows(str(tmp_path), split="train")] == ["monday.md", "test.md", "train.md"]
+    (tmp_path / "monday.md").unlink()
+    assert [row.name for row in read_rows(str(tmp_path), split="train")] == ["train.md"]
+
+
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").touch()
     (tmp_path / "train.jsonl").touch()

@@ -149,6 +149,32 @@ def test_turns_are_found_where_a_template_drops_earlier_thoughts(tokenizer: Toke
     assert labels(row, tokenizer) == ["Ho<|im_end|>\n", "<think>\n\n</think>\n\nNo more.<|im_end|>\n"]
 
 
+@pytest.mark.parametrize(
+    ("first", "label"),
+    [
+        ({"content": " Ho"}, " Ho<|im_end|>\n"),
+        ({"content": "d"}, "d<|im_end|>\n"),  # which the end of a turn holds as well
+        ({"content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}, "CALL look<|im_end|>\n"),
+    ],
+)
+def test_an_earlier_turn_is_what_is_left_of_it(tokenizer: Tokenizer, first: dict[str, Any], label: str) -> None:
+    calls = "{% for call in m.tool_calls %}CALL {{ call.function.name }}{% endfor %}"
+    tokenizer.chat_template = THINKING.replace("{{ m.content }}", "{{ m.content }}" + calls)
+    talk = [*TALK[:2], {"role": "assistant", **first}, *TALK[3:]]
+    assert labels(row_of({"messages": talk}, "messages", tokenizer), tokenizer)[0] == label
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED])
+def test_what_a_template_leaves_out_is_not_learned_as_silence(tokenizer: Tokenizer, template: str) -> None:
+    tokenizer.chat_template = template
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    with pytest.raises(DataError, match="does not write the call of a tool in message 3"):
+        row_of({"messages": [*TALK[:2], call]}, "messages", tokenizer)
+    tokenizer.chat_template = template.replace("content", "text")
+    with pytest.raises(DataError, match="does not write the text of message 5"):
+        row_of({"messages": TALK}, "messages", tokenizer)
+
+
 def test_a_template_that_rewrites_the_past_is_refused(tokenizer: Tokenizer) -> None:
     tokenizer.chat_template = SYSTEM_LAST
     assert labels(row_of({"messages": TALK[:3]}, "messages", tokenizer), tokenizer) == ["Ho</s>"]

@@ -6,7 +6,7 @@ import pytest
 
 from agzo_edge.train.formats import SoundRow, checked_row
 from agzo_edge.train.rows import RawRow
-from agzo_edge.train.turns import as_messages
+from agzo_edge.train.turns import as_messages, without_nulls
 
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
 USER = {"role": "user", "content": "Hi"}
@@ -42,6 +42,17 @@ def test_sharegpt_turns_are_messages() -> None:
 )
 def test_a_broken_sharegpt_row_is_told_as_messages_are(turns: object, told: str) -> None:
     assert told in str(checked(conversations=turns))
+
+
+def test_a_system_beside_sharegpts_turns_comes_first() -> None:
+    row = checked(conversations=[{"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}], system="Be brief.")
+    assert isinstance(row, SoundRow)
+    assert row.fields["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_fields_that_a_table_fills_with_null_are_no_part_of_a_row() -> None:
+    value = {"city": "Rome", "more": None, "list": [{"a": None, "b": 0}, None]}
+    assert without_nulls(value) == {"city": "Rome", "list": [{"b": 0}, None]}
 
 
 def test_messages_under_sharegpts_name_are_taken_as_they_are() -> None:

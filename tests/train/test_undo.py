@@ -124,6 +124,26 @@ def test_going_back_is_exact_and_survives_a_checkpoint(settings: dict[str, Any])
     assert_same_bytes(present(), then)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"optimizer": "momentum"}, {"optimizer": "adam"}, {"refresh_every": 0}, {"guide": "head", "refresh_every": 5}],
+)
+def test_a_run_that_goes_back_to_its_start_learns_on_in_the_window_that_is_open(settings: dict[str, Any]) -> None:
+    config = run_config(**{"refresh_every": 5} | settings)
+    model = tiny_model(**{"refresh_every": 5} | settings)
+    learner = Learner(model.branches, config)
+    learner.watch([1.0, 2.0], step=0)  # before there are bases, scales and guides
+    for step in (0, 1):
+        agzo_step(model, tiny_micro_batches(4, 4, seed=step), learner, step=step, mu=0.01, config=config)
+    window = learner.window()
+    assert learner.go_back() == 0
+    assert all(branch.is_untouched for branch in model.branches)
+    assert_same_bytes(learner.window().tensors(), window.tensors())
+    record = agzo_step(model, tiny_micro_batches(4, 4, seed=2), learner, step=2, mu=0.01, config=config)
+    assert any(record.projected)
+    assert not any(branch.is_untouched for branch in model.branches)
+
+
 def test_there_must_be_a_state_to_go_back_to() -> None:
     learner = Learner(tiny_model().branches, run_config())
     with pytest.raises(ValueError, match="no state"):
