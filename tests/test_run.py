@@ -127,6 +127,20 @@ def test_a_replay_computes_with_the_threads_of_the_run(tmp_path: Path, as_one_fi
     assert adapter_of(tmp_path / "replayed") == adapter_of(run)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", [{}, {"guide": "head"}, {"load_in_8bit": True}])
+def test_a_run_on_a_gpu_resumes_and_replays_to_the_same_bytes(tmp_path: Path, settings: dict[str, object]) -> None:
+    settings = {"device": "cuda", "profile": "auto", **settings}
+    trained(tmp_path / "whole", **settings)
+    events = training(config_of(tmp_path / "run", **settings))
+    next(event for event in events if isinstance(event, Stepped) and event.timed.record.step == 5)
+    events.close()
+    trained(tmp_path / "run", resume=True, **settings)
+    agzo_edge.replay(tmp_path / "run", output=tmp_path / "replayed")
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole") == adapter_of(tmp_path / "replayed")
+
+
 RUINOUS = {"learning_rate": 100.0, "undo_every": 2, "refresh_every": 3, "batch_size": 16, "lr_schedule": "constant"}
 
 
