@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from agzo_edge.budget.sizes import is_size
+
 MlpStyle = Literal["plain", "gated", "fused gate", "written out"]
 
 _WRITTEN_OUT = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")  # temporaries instead of one kernel
@@ -65,13 +67,13 @@ def _delta_rule(config: Mapping[str, Any]) -> DeltaRule | None:
     if isinstance(kinds, list) and "linear_attention" not in kinds:
         return None
     given = (config.get(f"linear_{name}") for name in ("num_value_heads", "key_head_dim", "value_head_dim"))
-    sizes = [size for size in given if type(size) is int and size > 0]
+    sizes = [size for size in given if is_size(size)]
     return DeltaRule(heads=sizes[0], key_dim=sizes[1], value_dim=sizes[2]) if len(sizes) == 3 else None
 
 
 def _mlp_width(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> int:
     given = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim")
-    return given if type(given) is int and given > 0 else max(max(shape) for shape in linears.values())
+    return given if is_size(given) else max(max(shape) for shape in linears.values())
 
 
 def _mlp_style(config: Mapping[str, Any], leaves: set[str]) -> MlpStyle:
@@ -87,7 +89,9 @@ def _mlp_style(config: Mapping[str, Any], leaves: set[str]) -> MlpStyle:
 def _window(config: Mapping[str, Any]) -> int | None:
     """The narrowest window of a layer's attention; some configurations name one that no layer uses."""
     kinds = config.get("layer_types")
-    if config.get("use_sliding_window") is False or (isinstance(kinds, list) and set(kinds) <= {"full_attention"}):
+    if config.get("use_sliding_window") is False or (
+        isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    ):
         return None
     named = (config.get(key) for key in ("sliding_window", "attention_chunk_size"))
-    return min((size for size in named if type(size) is int and size > 0), default=None)
+    return min((size for size in named if is_size(size)), default=None)

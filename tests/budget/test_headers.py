@@ -125,9 +125,11 @@ def test_a_pickled_checkpoint_is_refused_with_the_remedy(tmp_path: Path) -> None
     [
         ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
         ({"is_encoder_decoder": True}, "encoder"),
-        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "wide"}, "hidden_size"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": "gptq"}, "quantization_config as 'gptq'"),
+        ({"quantization_config": ["gptq"]}, "no table"),
     ],
 )
 def test_what_is_no_plain_causal_model_is_refused_by_reason(tmp_path: Path, change: dict, reason: str) -> None:
