@@ -12,7 +12,7 @@ from agzo_edge.errors import AdapterError
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.model.setup import require_usable_device
+from agzo_edge.model.setup import on_planned_device, require_usable_device
 from agzo_edge.preparation import on_adapters_layers
 from agzo_edge.record.adapter import base_model_of
 from agzo_edge.rundir import is_unfinished, load_changes, settings_in
@@ -65,7 +65,7 @@ def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> 
     config = on_adapters_layers(config.model_copy(update={"guide": "none", "target_modules": None}), changes, facts)
     machine = machine_profile(config.profile)
     require_usable_device(config, machine)
-    fitted = fitted_run(facts, config, machine)
+    fitted = fitted_run(facts, on_planned_device(config, machine), machine)
     loaded = load_model(str(config.model), fitted.config, trains=False)
     set_learned(loaded.branches, changes)
     return loaded
