@@ -17,6 +17,8 @@ from agzo_edge.model.memory import (
     expect_outside_torch,
     free_bytes,
     give_back,
+    is_out_of_memory,
+    total_bytes,
 )
 from agzo_edge.units import GIB, MIB
 
@@ -63,6 +65,23 @@ def test_other_errors_pass_a_cap_as_they_are() -> None:
 def test_what_is_free_is_no_more_than_there_is() -> None:
     give_back(CPU)
     assert 0 < free_bytes(CPU) <= psutil.virtual_memory().total
+
+
+def test_of_a_container_s_host_there_is_what_the_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agzo_edge.budget.detect.cgroup_memory", lambda: [(GIB, 0)])
+    assert total_bytes(CPU) == GIB
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+)
+def test_what_a_failed_allocation_raises_is_told_from_other_errors(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
 
 
 HOLES = """
