@@ -67,6 +67,7 @@ def block_moments(job: Job) -> Iterator[Moment]:
     yield attention_output(job)
     yield from delta_rule(job)
     yield from mlp(job)
+    yield from experts(job)
     if not job.exact:
         yield from finding_bases(job)
 
@@ -75,8 +76,9 @@ def attention(job: Job) -> Moment:
     """Attention at its kernel: (outer h + (heads + expanded) q + key_values kv) b for each token.
 
     With fewer key heads than query heads, keys and values are repeated; rotating the queries takes the same. Where
-    attention is written out there are two copies of the scores, and in 16 bit one more in float32; where it is ours,
-    two copies of some queries' scores in float32, and on a CPU everything in it is float32.
+    attention is written out there are two copies of the scores, and in 16 bit one more in float32; two in float32 where
+    no kernel of a CPU takes its heads. Where it is ours, there are two copies of some queries' scores in float32, and
+    on a CPU everything in it is float32.
     """
     facts, b = job.facts, job.value_bytes
     heads, key_values = _projections(job)
@@ -91,6 +93,8 @@ def attention(job: Job) -> Moment:
     elif facts.block.keeps_scores:
         queries = heads + expanded - 1  # the output comes after the scores
         scores = job.rows * facts.n_heads * job.row_tokens**2 * (FLOAT32_BYTES + b + job.extra_float32_bytes)
+    elif facts.block.uneven_heads and job.on_cpu:
+        scores = job.rows * facts.n_heads * job.row_tokens**2 * 2 * FLOAT32_BYTES
     per_token = _outer(job) * facts.hidden_size + queries * facts.query_width + key_values * facts.kv_width
     mask = _mask_bytes(job)
     if mask and not scores:  # as the kernel takes it: a number for each pair
@@ -153,8 +157,8 @@ def exact_attention(job: Job) -> Moment:
 def mlp(job: Job) -> Iterator[Moment]:
     """The MLP at its product and at its first and last layers: tokens (around h + wide m) b.
 
-    Working on a part of each row's tokens, the wide tensors are that much smaller; the parts' outputs, h,
-    stand beside them, and at the end once more in one piece.
+    If the MLP takes part of a row at a time, its wide tensors shrink by that share. The parts' outputs (h) stand
+    beside them, and once more when they are joined.
     """
     facts, b = job.facts, job.value_bytes
     h, m = facts.hidden_size, facts.block.mlp_width
@@ -170,6 +174,20 @@ def mlp(job: Job) -> Iterator[Moment]:
     yield _at_layer(job, "MLP's first layers", live=first, shape=(live.outputs * m, h), writes=False)
     at_last = held + (wide_tokens * live.last * m + last) * b
     yield _at_layer(job, "MLP's last layer", live=at_last, shape=(h, m), writes=True)
+
+
+def experts(job: Job) -> Iterator[Moment]:
+    """Routed experts at their product, all at once: tokens x experts of each x (its input h + 4 m), beside a block's.
+
+    The gate and what it is multiplied with are one tensor, as wide as both; the activation and the product are two.
+    """
+    facts, routed = job.facts, job.facts.block.experts
+    if routed is None:
+        return
+    around = (EXACT_LIVE if job.exact else LIVE)["gated"].around
+    per_token = around * facts.hidden_size + routed.per_token * (facts.hidden_size + 4 * routed.width)
+    activations = job.tokens * per_token * job.value_bytes + _kept_scores(job)
+    yield Moment(name="experts", activations=activations, mask=_mask_bytes(job))
 
 
 def finding_bases(job: Job) -> Iterator[Moment]:

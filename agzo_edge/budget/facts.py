@@ -45,7 +45,7 @@ class ModelFacts:
     kv_width: int  # of all key heads
     block: Block
     caps_logits: bool  # tanh of the logits: one more copy of them
-    divides_logits: bool  # by a constant (Granite): one more copy where they carry a tangent
+    divides_logits: bool  # by a constant, or multiplies (Granite, Cohere): one more copy where they carry a tangent
     positions: int | None  # tokens in the longest row that the model was made for, where it says so
 
     @property
@@ -144,7 +144,7 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
         **attention._asdict(),
         block=block_of(config, linears, loaded.tensors),
         caps_logits=bool(config.get("final_logit_softcapping")),
-        divides_logits=bool(config.get("logits_scaling")),
+        divides_logits=bool(config.get("logits_scaling") or config.get("logit_scale")),
         positions=_positions(config),
     )
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from agzo_edge.budget.block import MEASURED
 from agzo_edge.budget.detect import disk_bytes_for
 from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.held import disk_components, held_components
@@ -164,6 +165,11 @@ def _notes(job: Job) -> Iterator[str]:
         yield f"rows have {facts.positions:,} tokens at most: the model has no more positions"
     if facts.has_state_space:
         yield "what its state-space mixers keep while they scan is not counted: the peak may be higher (measured: 29 %)"
+    elif facts.model_type not in MEASURED:
+        yield (
+            f"activations of models of type {facts.model_type!r} were not measured, and the plan may be too low (of "
+            "others by up to half of the peak)"
+        )
     if facts.stored_as == "dense":
         return
     bits = "8 bit" if facts.stored_as == "8bit" else "4 bit"

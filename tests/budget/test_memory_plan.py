@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import llama_facts
+from checkpoints import LLAMA, facts_by_headers, llama_facts, llama_shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -196,6 +196,51 @@ def test_rows_are_no_longer_than_the_model_s_positions_and_the_plan_says_so() ->
 def test_layers_that_the_configuration_does_not_know_are_told() -> None:
     (note,) = memory_plan(replace(FACTS, n_layers=FACTS.n_layers - 1), config_from({}), CPU).notes
     assert note.startswith(f"config.json says {FACTS.n_layers - 1} layers: of the weights' {FACTS.n_layers} ")
+
+
+def test_a_family_whose_activations_were_not_measured_is_told() -> None:
+    (note,) = memory_plan(llama_facts(model_type="bloom"), config_from({}), CPU).notes
+    assert "type 'bloom' were not measured, and the plan may be too low" in note
+
+
+def test_routed_experts_take_what_all_tokens_of_all_their_experts_do() -> None:
+    expert = {f"model.layers.0.mlp.experts.0.{name}.weight": (96, 16) for name in ("gate_proj", "up_proj", "down_proj")}
+    sizes = {"num_experts_per_tok": 4, "moe_intermediate_size": 96}
+    facts = facts_by_headers(LLAMA | sizes, llama_shapes() | expert)
+    job = job_of(facts, config_from({"batch_size": 2, "max_seq_length": 64}), CPU)
+    routed = next(moment for moment in moments(job) if moment.name == "experts")
+    assert routed.activations == 2 * 2 * 64 * (4 * 16 + 4 * (16 + 4 * 96)) * 4
+    assert not [moment for moment in moments(job_of(FACTS, config_from({}), CPU)) if moment.name == "experts"]
+
+
+def test_keys_and_values_out_of_a_latent_are_as_wide_as_the_queries_and_write_scores_out_on_a_cpu() -> None:
+    start = "model.layers.0.self_attn"
+    latent = {
+        f"{start}.q_proj.weight": (48, 16),
+        f"{start}.kv_a_proj.weight": (8, 16),
+        f"{start}.o_proj.weight": (16, 32),
+    }
+    config = LLAMA | {"num_hidden_layers": 1}
+    shapes = {"model.embed_tokens.weight": (50, 16), f"{start}.kv_b_proj.weight": (64, 8), **latent}
+    facts = facts_by_headers(config, shapes)
+    assert (facts.n_heads, facts.query_width, facts.kv_width) == (4, 48, 48)
+    settings = config_from({"batch_size": 2, "max_seq_length": 64, "dtype": "float32"})
+    on_cpu, on_gpu = (next(moments(job_of(facts, settings, profile))).activations for profile in (CPU, GPU))
+    assert on_cpu - on_gpu == 2 * 2 * 4 * 64**2 * 2 * 4
+
+
+def test_granite_4_s_shared_mlp_has_a_fused_gate() -> None:
+    shapes = {name: shape for name, shape in llama_shapes().items() if ".mlp." not in name}
+    for block in range(2):
+        start = f"model.layers.{block}.shared_mlp"
+        shapes |= {f"{start}.input_linear.weight": (128, 16), f"{start}.output_linear.weight": (16, 64)}
+    block_facts = facts_by_headers(LLAMA, shapes).block
+    assert (block_facts.mlp_style, block_facts.mlp_width) == ("fused gate", 64)
+
+
+def test_a_scale_of_the_logits_is_one_copy_more_as_a_divisor_is() -> None:
+    assert [llama_facts(**{name: 0.25}).divides_logits for name in ("logit_scale", "logits_scaling")] == [True, True]
+    assert not FACTS.divides_logits
 
 
 @pytest.mark.parametrize(
