@@ -11,6 +11,7 @@ from agzo_edge.config import RunConfig
 from agzo_edge.errors import AdapterError
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.load import load_model
+from agzo_edge.model.memory import refused_as_budget
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.setup import on_planned_device, require_usable_device
 from agzo_edge.preparation import on_adapters_layers
@@ -66,6 +67,7 @@ def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> 
     machine = machine_profile(config.profile)
     require_usable_device(config, machine)
     fitted = fitted_run(facts, on_planned_device(config, machine), machine)
-    loaded = load_model(str(config.model), fitted.config, trains=False)
+    with refused_as_budget(fitted.plan):
+        loaded = load_model(str(config.model), fitted.config, trains=False)
     set_learned(loaded.branches, changes)
     return loaded

@@ -15,8 +15,9 @@ import psutil
 import torch
 
 from agzo_edge.budget.detect import available_host_bytes, total_host_bytes
-from agzo_edge.errors import BudgetBrokenError
-from agzo_edge.units import MIB
+from agzo_edge.budget.memory import MemoryPlan
+from agzo_edge.errors import BudgetBrokenError, BudgetError
+from agzo_edge.units import MIB, format_bytes
 
 RETURNED_BYTES = MIB  # smaller blocks stay in the heap: measured, below it a step takes 5 to 10 % longer
 KEPT_MATMULS = 32  # more than the shapes of a step; each takes 0.3 MiB on an AVX-512 CPU, measured
@@ -25,7 +26,7 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # written there, VmHWM falls back to what is resident now: proc(5)
 _ALLOCATION_FAILED = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE
+    r"can(?:no|')t allocate memory|not enough memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE
 )
 _expected_outside: dict[torch.device, int] = {}  # bytes, for bytes_outside_torch
 
@@ -188,6 +189,26 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
+def refused_as_budget(plan: MemoryPlan) -> Iterator[None]:
+    """Inside, an allocation that fails is a BudgetError: the model of this plan is loaded, and nothing was learned."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BudgetError(
+            f"the model could not be loaded within {format_bytes(plan.limit_bytes)}, of which "
+            f"{format_bytes(plan.device_bytes)} were planned: the machine gives less ({_first_line(error)}). Lower "
+            "--vram-limit to what is free, so that the plan keeps to it (--on-overflow stream), or close other programs"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """What an allocation's failure says of itself."""
+    return str(error).strip().split("\n")[0] or "out of memory"
+
+
+@contextmanager
 def capped(device: torch.device, limit_bytes: int) -> Iterator[None]:
     """Inside, an allocation that would pass `limit_bytes` fails, and comes out as BudgetBrokenError.
 
@@ -200,7 +221,7 @@ def capped(device: torch.device, limit_bytes: int) -> Iterator[None]:
             yield
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if is_out_of_memory(error):
-                raise BudgetBrokenError(str(error).strip().split("\n")[0] or "out of memory") from error
+                raise BudgetBrokenError(_first_line(error)) from error
             raise
 
 
