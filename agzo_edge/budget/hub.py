@@ -71,9 +71,12 @@ def _ask_hub(source: str) -> Checkpoint:
         raise ModelError(f"{source}: holds no config.json on the hub: is it a transformers model?") from None
     except hub_errors.NotASafetensorsRepoError:
         raise ModelError(f"{source}: has no safetensors files, and only safetensors is read") from None
-    except (hub_errors.HfHubHTTPError, OSError, ValueError) as error:
+    except (hub_errors.HfHubHTTPError, hub_errors.SafetensorsParsingError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{tried}; the hub refused: {reason}. A gated model needs HF_TOKEN") from None
+    except Exception as error:  # noqa: BLE001  # the HTTP library's, which differs between the client's versions
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{tried}; the hub could not be reached ({reason})") from None
     tensors = {
         name: StoredTensor(tuple(info.shape), info.dtype, info.data_offsets[1] - info.data_offsets[0])
         for file in metadata.files_metadata.values()

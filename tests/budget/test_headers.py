@@ -1,10 +1,14 @@
 import json
+import os
 import struct
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from checkpoints import LLAMA, llama_shapes, write_llama, write_safetensors
+from huggingface_hub.errors import SafetensorsParsingError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -170,6 +174,33 @@ def test_an_unknown_hub_id_says_what_was_tried(source: str, monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="no such directory"):
         model_facts(source)
+
+
+def test_a_hub_that_cannot_be_reached_is_named_where_only_the_configuration_is_cached(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(LLAMA))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    nowhere = {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    script = "from agzo_edge.budget.facts import model_facts; model_facts('someone/model')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=os.environ | nowhere
+    )
+    assert "ModelError: someone/model: no such directory" in done.stderr
+    assert "could not be reached" in done.stderr
+
+
+def test_a_header_that_the_hub_s_client_cannot_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_llama(tmp_path) / "config.json"
+
+    def broken(source: str) -> None:
+        raise SafetensorsParsingError(f"{source} has no header")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(config))
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", broken)
+    with pytest.raises(ModelError, match="someone/model has no header"):
+        model_facts("someone/model")
 
 
 @pytest.mark.parametrize("name", ["tiny-novels", "stories260K", "tinystories-chat-3m"])
