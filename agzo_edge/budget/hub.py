@@ -23,10 +23,14 @@ def open_checkpoint(source: str) -> Checkpoint:
 
     Raises ModelError when neither exists, or what is there cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, a user who is not there, a zero byte
+        raise ModelError(f"{source[:100]}: names no directory and no model: {error}") from None
+    if is_directory:
         return read_checkpoint(path, source=source)
-    if path.exists():
+    if exists:
         raise ModelError(f"{source}: is a file: give the directory that holds it and its config.json")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
         raise ModelError(f"{source}: no such directory: name the one that holds the model with --model")

@@ -169,6 +169,12 @@ def test_a_missing_directory_is_named(source: str) -> None:
         model_facts(source)
 
 
+@pytest.mark.parametrize("source", ["a" * 300, "/" + "a" * 300, "~nobody-of-this-name/model"])
+def test_a_path_that_can_be_none_is_refused(source: str) -> None:
+    with pytest.raises(ModelError, match="names no directory and no model"):
+        model_facts(source)
+
+
 @pytest.mark.parametrize("source", ["nobody/no-such-model", "not a name!", "a" * 200])
 def test_an_unknown_hub_id_says_what_was_tried(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
