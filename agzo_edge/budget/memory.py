@@ -1,7 +1,7 @@
 """The predicted memory of a run: every component against the limit of its place."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from agzo_edge.budget.block import MEASURED
@@ -46,7 +46,7 @@ class MemoryPlan:
     disk_limit_bytes: int | None = None  # for the run where it will be written; None: not known where
     largest_layer_bytes: int = 0  # as it is held: less than that no ladder reaches
     notes: tuple[str, ...] = ()  # what a person should know who asked for this
-    changes: tuple[Saving, ...] = field(default=())
+    changes: tuple[Saving, ...] = ()
     in_pieces: InPieces | None = None  # when it does not fit, and a rung of the ladder does
     qlora: QloraNeed | None = None  # for comparison
 
@@ -81,6 +81,15 @@ class MemoryPlan:
             yield "host", self.bytes_on("host"), self.host_limit_bytes
         if self.disk_limit_bytes is not None:
             yield "disk", self.bytes_on("disk"), self.disk_limit_bytes
+
+    @property
+    def tightest(self) -> Where:
+        """The first place whose limit does not hold; the device where all do."""
+        return next((where for where, need_bytes, limit_bytes in self.limits if need_bytes > limit_bytes), "device")
+
+    def excess_bytes(self, where: Where) -> int:
+        """What is needed in a place that has a limit, beyond it; negative where it fits."""
+        return next(need_bytes - limit_bytes for place, need_bytes, limit_bytes in self.limits if place == where)
 
     @property
     def fits(self) -> bool:

@@ -343,8 +343,19 @@ def test_a_limit_below_one_layer_is_refused_with_what_that_layer_takes() -> None
 def test_a_host_too_small_for_the_loader_is_refused_as_host() -> None:
     plan = memory_plan(WIDE, config_from({"ram_limit": "1MiB"}), GPU)
     assert not plan.fits
-    with pytest.raises(BudgetError, match="host memory"):
+    with pytest.raises(BudgetError, match="host memory") as refused:
         require_fits(plan)
+    assert "the largest layer" not in str(refused.value)
+
+
+def test_what_saves_memory_of_the_device_alone_is_no_advice_where_the_host_s_is_short() -> None:
+    config = config_from({"offload": "layers", "vram_limit": "8GiB"})
+    need = memory_plan(WIDE, config, GPU).bytes_on("host")
+    plan = memory_plan(WIDE, config.model_copy(update={"ram_limit": need - 1}), GPU)
+    assert plan.tightest == "host"
+    assert plan.changes
+    for change in plan.changes:
+        assert change.flags.split()[0] not in ("--micro-batch-size", "--mlp-chunk-tokens", "--no-fuse-signs")
 
 
 def test_target_modules_shrink_what_is_learned_and_a_wrong_name_is_refused() -> None:
