@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from agzo_edge.budget.detect import cache_folder, disk_room
 from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.job import UNKNOWN_DATA, DataShape, Where
 from agzo_edge.budget.ladder import OFFLOADS, SMALLEST_LOGITS_CHUNK, SMALLEST_MLP_CHUNK, halvings, ladder, rung_words
@@ -48,7 +49,7 @@ def memory_plan(
     Raises ModelError when target_modules matches no layer, ConfigError for a limit or a device that the
     machine does not have.
     """
-    predict = partial(predicted_memory, facts, profile=profile, data=data)
+    predict = partial(predicted_memory, facts, profile=profile, data=data, room=disk_room(config.output_dir))
     plan = predict(config)
     kinds = _cheaper(config, facts, row_tokens=plan.row_tokens, on_cpu=computes_on_cpu(config, profile))
     return replace(
@@ -85,6 +86,11 @@ def require_fits(plan: MemoryPlan, *, in_smallest_pieces: int | None = None) -> 
             f"{need} on the disk of its output directory, and {format_bytes(limit_bytes)} are free. The largest "
             f"parts:\n{numbered(largest)}\nMake room, or choose another --output-dir"
         )
+    if where == "cache":
+        raise BudgetError(
+            f"{need} for what waits outside memory in {cache_folder()}, and {format_bytes(limit_bytes)} are free on "
+            f"its disk. Make room, or set XDG_CACHE_HOME to a folder on another disk"
+        )
     pieces = ""
     if where == "device" and in_smallest_pieces is not None and limit_bytes < in_smallest_pieces < need_bytes:
         pieces = f", {format_bytes(in_smallest_pieces)} in the smallest pieces"
@@ -117,7 +123,7 @@ def fitted_run(facts: ModelFacts, config: RunConfig, profile: Profile, *, data: 
 
     Raises BudgetError, with the numbers of the run as asked for, when none does.
     """
-    predict = partial(predicted_memory, facts, profile=profile, data=data)
+    predict = partial(predicted_memory, facts, profile=profile, data=data, room=disk_room(config.output_dir))
     asked = predict(config)
     tried = [Rung(rung, predict(rung)) for rung in ladder(config, row_tokens=asked.row_tokens)]
     rungs: list[Rung] = []

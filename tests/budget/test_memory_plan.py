@@ -11,12 +11,13 @@ from checkpoints import LLAMA, facts_by_headers, llama_facts, llama_shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agzo_edge.budget.detect import disk_bytes_for
+from agzo_edge.budget.detect import DiskRoom, disk_bytes_for
 from agzo_edge.budget.held import CPU_COLUMNS
 from agzo_edge.budget.job import DataShape, layer_bytes
 from agzo_edge.budget.memory import MemoryPlan, job_of, predicted_memory
 from agzo_edge.budget.plan import fitted_run, memory_plan, require_fits
 from agzo_edge.budget.profile import Profile, load_profile
+from agzo_edge.budget.sweep import memory_sweep
 from agzo_edge.budget.working import CPU_KEPT_KERNELS, CPU_ROWS, GUIDE_COPIES, GUIDE_PIECES, moments
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import BudgetError, ConfigError, ModelError
@@ -271,6 +272,35 @@ def test_a_run_that_its_disk_cannot_hold_is_refused(tmp_path: Path) -> None:
         require_fits(replace(plan, disk_limit_bytes=plan.bytes_on("disk") - 1))
 
 
+def test_what_waits_outside_memory_is_held_against_the_disk_of_the_cache_folder(tmp_path: Path) -> None:
+    config = config_from({"offload": "layers", "output_dir": str(tmp_path)})
+    room = DiskRoom(run_bytes=GIB, cache_bytes=MIB, is_one_disk=False)
+    plan = predicted_memory(WIDE, config, CPU, room=room)
+    assert (plan.disk_limit_bytes, plan.cache_limit_bytes) == (GIB, MIB)
+    with pytest.raises(
+        BudgetError, match=r"what waits outside memory in .*agzo-edge, and 1\.0 MiB are free.*XDG_CACHE_HOME"
+    ):
+        require_fits(plan)
+    on_one = predicted_memory(WIDE, config, CPU, room=DiskRoom(GIB, GIB, is_one_disk=True))
+    assert on_one.cache_limit_bytes == GIB - on_one.bytes_on("disk")
+    for fits_anywhere in (config.model_copy(update={"offload": "none"}), config.model_copy(update={"device": "cuda"})):
+        assert predicted_memory(WIDE, fits_anywhere, GPU, room=room).cache_limit_bytes is None
+
+
+def test_the_disk_is_asked_once_for_all_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def counted(directory: str) -> int:
+        asked.append(directory)
+        return GIB
+
+    monkeypatch.setattr("agzo_edge.budget.detect.disk_bytes_for", counted)
+    config = config_from({"output_dir": str(tmp_path), "on_overflow": "stream"})
+    assert len(fitted_run(WIDE, config, CPU).rungs) > 5
+    memory_sweep(WIDE, config, CPU)
+    assert asked == [str(tmp_path)] * 2
+
+
 def test_changes_are_rungs_of_the_ladder_too() -> None:
     config = config_from({"vram_limit": "1GiB", "max_seq_length": 1024, "batch_size": 1})
     plan = memory_plan(WIDE, config, GPU)
@@ -385,7 +415,7 @@ def test_what_waits_outside_is_off_the_device_and_on_the_disk_or_the_host() -> N
     )
     weights = component(usual, "weights")
     assert component(cpu, "weights", "mapped") == component(gpu, "weights", "host") == weights
-    assert component(cpu, "mapped weights", "disk") == cpu.bytes_on("mapped") > weights
+    assert component(cpu, "mapped weights", "cache") == cpu.bytes_on("mapped") > weights
     assert component(gpu, "streamed") == 2 * weights // WIDE.n_layers
     assert usual.device_bytes - cpu.device_bytes > weights
 
