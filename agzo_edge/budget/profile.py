@@ -31,7 +31,7 @@ class Profile(BaseModel):
     reserve: Bytes  # left to the desktop and to other programs
     context_overhead: Bytes  # what the libraries take before the first tensor, outside torch's allocator
     host_memory: Bytes | None = None  # what a run on a GPU may take of the host's; None is not checked
-    memory_bandwidth_gb_s: float | None = Field(default=None, gt=0)
+    memory_bandwidth_gb_s: float | None = Field(default=None, gt=0)  # shown, and not planned with, as the next one
     pcie_gb_s: float | None = Field(default=None, gt=0)
     compute_capability: str | None = Field(default=None, pattern=r"^\d+\.\d+$")
     bf16: bool = False

@@ -214,6 +214,15 @@ def test_routed_experts_take_what_all_tokens_of_all_their_experts_do() -> None:
     assert not [moment for moment in moments(job_of(FACTS, config_from({}), CPU)) if moment.name == "experts"]
 
 
+def test_experts_are_fused_in_the_host_s_memory_on_their_way_to_a_gpu() -> None:
+    expert = {f"model.layers.0.mlp.experts.{n}.up_proj.weight": (24, 16) for n in range(8)}
+    with_experts, without = (
+        component(predicted_memory(facts_by_headers(LLAMA, shapes), config_from({}), GPU), "loader", "host")
+        for shapes in (llama_shapes() | expert, llama_shapes())
+    )
+    assert with_experts - without == 8 * 24 * 16 * 2
+
+
 def test_keys_and_values_out_of_a_latent_are_as_wide_as_the_queries_and_write_scores_out_on_a_cpu() -> None:
     start = "model.layers.0.self_attn"
     latent = {
