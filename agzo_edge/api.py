@@ -263,7 +263,8 @@ def check_numerics(model: str | None = None, data: str | None = None, **settings
     Without `data` on the demo's. Raises BudgetError when a step with exact differences does not fit.
     """
     from agzo_edge.model.load import load_model
-    from agzo_edge.model.setup import require_usable_device
+    from agzo_edge.model.memory import refused_as_budget
+    from agzo_edge.model.setup import on_planned_device, require_usable_device
     from agzo_edge.train.examples import load_examples
     from agzo_edge.train.fidelity import fidelity
     from agzo_edge.train.goal import goal_of
@@ -279,9 +280,10 @@ def check_numerics(model: str | None = None, data: str | None = None, **settings
     machine = machine_profile(config.profile)
     require_usable_device(exact, machine)
     facts = model_facts(str(config.model))
-    fitted = fitted_run(facts, exact, machine).config
-    loaded = load_model(str(config.model), fitted)
+    fitted = fitted_run(facts, on_planned_device(exact, machine), machine)
+    with refused_as_budget(fitted.plan):
+        loaded = load_model(str(config.model), fitted.config)
     examples = load_examples(str(config.data), loaded.tokenizer, config, facts=facts)
     loaded.require_positions(examples.report.longest_tokens)
-    checked = fitted.model_copy(update={"difference": config.difference})
+    checked = fitted.config.model_copy(update={"difference": config.difference})
     return fidelity(loaded, examples, checked, goal=goal_of(config))

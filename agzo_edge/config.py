@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from agzo_edge.data_config import DataConfig
 from agzo_edge.errors import ConfigError, numbered
-from agzo_edge.units import MIB, parse_bytes
+from agzo_edge.units import MIB, MOST_BYTES, parse_bytes
 from agzo_edge.writers import ALL_LINEAR, writes_to_residual
 
 UNGUIDED_RANK = 2  # measured: docs/decisions/0032
@@ -26,7 +26,7 @@ def _bytes_from_text(value: object) -> object:
     return parse_bytes(value) if isinstance(value, str) else value
 
 
-Bytes = Annotated[int, BeforeValidator(_bytes_from_text), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(_bytes_from_text), Field(gt=0, lt=MOST_BYTES)]
 
 
 class AgzoConfig(BaseModel):
@@ -285,7 +285,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # no TOML, nested too deeply, a name that is none
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
     flat: dict[str, Any] = {}
     for name, value in document.items():

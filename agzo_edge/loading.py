@@ -11,8 +11,9 @@ from agzo_edge.config import RunConfig
 from agzo_edge.errors import AdapterError
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.load import load_model
+from agzo_edge.model.memory import refused_as_budget
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.model.setup import require_usable_device
+from agzo_edge.model.setup import on_planned_device, require_usable_device
 from agzo_edge.preparation import on_adapters_layers
 from agzo_edge.record.adapter import base_model_of
 from agzo_edge.rundir import is_unfinished, load_changes, settings_in
@@ -65,7 +66,8 @@ def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> 
     config = on_adapters_layers(config.model_copy(update={"guide": "none", "target_modules": None}), changes, facts)
     machine = machine_profile(config.profile)
     require_usable_device(config, machine)
-    fitted = fitted_run(facts, config, machine)
-    loaded = load_model(str(config.model), fitted.config, trains=False)
+    fitted = fitted_run(facts, on_planned_device(config, machine), machine)
+    with refused_as_budget(fitted.plan):
+        loaded = load_model(str(config.model), fitted.config, trains=False)
     set_learned(loaded.branches, changes)
     return loaded

@@ -8,11 +8,9 @@ from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.job import DataShape
 from agzo_edge.budget.plan import fitted_run
 from agzo_edge.config import RunConfig
-from agzo_edge.errors import ConfigError
 from agzo_edge.events import Planned
-from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_tokenizer
-from agzo_edge.model.setup import require_usable_device
+from agzo_edge.model.setup import on_planned_device, require_usable_device
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.examples import load_examples
@@ -45,12 +43,7 @@ def planned_run(
     """
     machine = machine_profile(config.profile)
     notes = require_usable_device(config, machine)
-    if machine.kind == "cuda" and config.device != "cpu" and chosen_device(config.device).type == "cpu":
-        raise ConfigError(
-            f"profile '{machine.name}' is a GPU's, and torch sees no CUDA device here: use --profile auto to train on "
-            f"this machine, or `agzo-edge plan` to look at that one"
-        )
-    fitted = fitted_run(facts, config, machine, data=data_shape(data))
+    fitted = fitted_run(facts, on_planned_device(config, machine), machine, data=data_shape(data))
     to_know = (*to_know, *fitted.plan.notes, *notes)
     return Planned(fitted.config, fitted.plan, machine.name, fitted.changes, fitted.rungs, to_know)
 

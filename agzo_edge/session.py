@@ -35,7 +35,7 @@ from agzo_edge.footprint import Footprint
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_model
-from agzo_edge.model.memory import expect_outside_torch
+from agzo_edge.model.memory import expect_outside_torch, refused_as_budget
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.preparation import on_adapters_layers, planned_run, run_data
 from agzo_edge.rebuild import bring_up_to, compute_as_begun
@@ -101,8 +101,9 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
         )
     device = chosen_device(config.device)
     expect_outside_torch(device, planned.plan.bytes_of("context"))
-    footprint = Footprint(device)
-    model = load_model(str(config.model), config)
+    with refused_as_budget(planned.plan):
+        footprint = Footprint(device)
+        model = load_model(str(config.model), config)
     footprint.mark()
     longest = max(part.report.longest_tokens for part in (data, held_out) if part)
     model.require_positions(longest + config.written_tokens)

@@ -5,6 +5,7 @@ import re
 KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
+MOST_BYTES = 2**60  # of any machine, by far: a bound that keeps arithmetic within a float
 
 _BYTES_PER_UNIT = {
     "B": 1,
@@ -32,7 +33,10 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"{text!r} has no unit: write {number}GiB or {number}MiB")
     if unit.upper() not in _BYTES_PER_UNIT:
         raise ValueError(f"{text!r} has an unknown unit {unit!r}: use B, KiB, MiB, GiB, TiB, KB, MB, GB or TB")
-    n_bytes = round(float(number) * _BYTES_PER_UNIT[unit.upper()])
+    amount = float(number) * _BYTES_PER_UNIT[unit.upper()]
+    if amount >= MOST_BYTES:
+        raise ValueError(f"{text[:40]!r} is more memory than any machine has")
+    n_bytes = round(amount)
     if n_bytes <= 0:
         raise ValueError(f"{text!r} is not a positive amount of memory")
     return n_bytes

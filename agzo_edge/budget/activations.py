@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from agzo_edge.budget.job import FLOAT32_BYTES, Job, folded_rank
+from agzo_edge.budget.job import FLOAT32_BYTES, Job
+from agzo_edge.budget.noise import layer_noise
 
-SIGN_ENTRY_BYTES = 0.75  # packed bits, the words they came from, the index of each byte's eight signs
 DELTA_CHUNK = 64  # tokens that the gated delta rule takes at once
 CAPPED_QUERIES = 256  # whose scores exist at once, where attention caps them
-GAUSSIAN_ENTRY_BYTES = 40  # float64 words, uniforms, radius, angle and values, on the CPU
 
 
 class Live(NamedTuple):
@@ -67,6 +66,7 @@ def block_moments(job: Job) -> Iterator[Moment]:
     yield attention_output(job)
     yield from delta_rule(job)
     yield from mlp(job)
+    yield from experts(job)
     if not job.exact:
         yield from finding_bases(job)
 
@@ -75,8 +75,9 @@ def attention(job: Job) -> Moment:
     """Attention at its kernel: (outer h + (heads + expanded) q + key_values kv) b for each token.
 
     With fewer key heads than query heads, keys and values are repeated; rotating the queries takes the same. Where
-    attention is written out there are two copies of the scores, and in 16 bit one more in float32; where it is ours,
-    two copies of some queries' scores in float32, and on a CPU everything in it is float32.
+    attention is written out there are two copies of the scores, and in 16 bit one more in float32; two in float32 where
+    no kernel of a CPU takes its heads. Where it is ours, there are two copies of some queries' scores in float32, and
+    on a CPU everything in it is float32.
     """
     facts, b = job.facts, job.value_bytes
     heads, key_values = _projections(job)
@@ -91,6 +92,8 @@ def attention(job: Job) -> Moment:
     elif facts.block.keeps_scores:
         queries = heads + expanded - 1  # the output comes after the scores
         scores = job.rows * facts.n_heads * job.row_tokens**2 * (FLOAT32_BYTES + b + job.extra_float32_bytes)
+    elif facts.block.uneven_heads and job.on_cpu:
+        scores = job.rows * facts.n_heads * job.row_tokens**2 * 2 * FLOAT32_BYTES
     per_token = _outer(job) * facts.hidden_size + queries * facts.query_width + key_values * facts.kv_width
     mask = _mask_bytes(job)
     if mask and not scores:  # as the kernel takes it: a number for each pair
@@ -153,8 +156,8 @@ def exact_attention(job: Job) -> Moment:
 def mlp(job: Job) -> Iterator[Moment]:
     """The MLP at its product and at its first and last layers: tokens (around h + wide m) b.
 
-    Working on a part of each row's tokens, the wide tensors are that much smaller; the parts' outputs, h,
-    stand beside them, and at the end once more in one piece.
+    If the MLP takes part of a row at a time, its wide tensors shrink by that share. The parts' outputs (h) stand
+    beside them, and once more when they are joined.
     """
     facts, b = job.facts, job.value_bytes
     h, m = facts.hidden_size, facts.block.mlp_width
@@ -170,6 +173,20 @@ def mlp(job: Job) -> Iterator[Moment]:
     yield _at_layer(job, "MLP's first layers", live=first, shape=(live.outputs * m, h), writes=False)
     at_last = held + (wide_tokens * live.last * m + last) * b
     yield _at_layer(job, "MLP's last layer", live=at_last, shape=(h, m), writes=True)
+
+
+def experts(job: Job) -> Iterator[Moment]:
+    """Routed experts at their product, all at once: tokens x experts of each x (its input h + 4 m), beside a block's.
+
+    The gate and what it is multiplied with are one tensor, as wide as both; the activation and the product are two.
+    """
+    facts, routed = job.facts, job.facts.block.experts
+    if routed is None:
+        return
+    around = (EXACT_LIVE if job.exact else LIVE)["gated"].around
+    per_token = around * facts.hidden_size + routed.per_token * (facts.hidden_size + 4 * routed.width)
+    activations = job.tokens * per_token * job.value_bytes + _kept_scores(job)
+    yield Moment(name="experts", activations=activations, mask=_mask_bytes(job))
 
 
 def finding_bases(job: Job) -> Iterator[Moment]:
@@ -197,42 +214,6 @@ def finding_bases(job: Job) -> Iterator[Moment]:
         yield Moment(name="MLP's first layers, finding bases", activations=first, mask=mask)
     last = held + wide * (m * (live.last * b + inputs) + h * (b + FLOAT32_BYTES / 2))
     yield Moment(name="MLP's last layer, finding bases", activations=last, mask=mask)
-
-
-def drawn_noise(job: Job, out_features: int, *, directions: int, value_bytes: int) -> float:
-    """Bytes of one layer's noise while it is drawn: out x rank entries for each direction, and what makes them."""
-    entries = directions * out_features * job.config.rank
-    if job.config.noise == "sign":
-        return entries * (value_bytes + SIGN_ENTRY_BYTES)
-    converted = value_bytes if value_bytes < FLOAT32_BYTES else 0
-    return entries * max(GAUSSIAN_ENTRY_BYTES if job.on_cpu else 0, FLOAT32_BYTES + converted)
-
-
-def layer_noise(job: Job, out_features: int, *, writes: bool, output_bytes: float) -> float:
-    """Bytes of one layer's noise in a pass, beside its output, at its fullest.
-
-    A guided layer's is made of its coordinates: their multiples in float32, as they are computed with, and beside
-    those of the window. Full noise is drawn for each example and copied to the example's rows; in float32 each stream
-    then gets its own multiple, and all of them are joined. That is before the output is there, unless folded windows
-    have been summed into it, or a basis is found in this pass. (A GPU's kernel reads packed signs, and takes less.)
-    """
-    b, streams = job.value_bytes, 1 if job.exact else job.streams
-    if job.guided and writes:
-        return job.tokens * job.config.rank * (FLOAT32_BYTES + 3 * b)
-    if job.trains_only_writers and not writes:
-        return 0
-    of_rows = job.rows / job.streams * out_features * job.config.rank * b
-    gaussian = job.config.noise == "gaussian"
-    stored = job.pass_directions * out_features * job.config.rank * FLOAT32_BYTES if gaussian else 0
-    drawn = drawn_noise(job, out_features, directions=job.pass_directions, value_bytes=b)
-    if b < FLOAT32_BYTES:
-        joining = joined = stored + of_rows
-    else:
-        joining, joined = stored + of_rows * (1 + 2 * streams), stored + of_rows * (1 + streams)
-    fullest = max(drawn + (0 if gaussian else of_rows), joining)
-    if job.finds_bases_in_pass or (folded_rank(job) > 0 and not job.opened):
-        return fullest
-    return max(joined, fullest - output_bytes)
 
 
 def _at_layer(

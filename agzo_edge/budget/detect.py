@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -120,10 +121,39 @@ def available_host_bytes() -> int:
     return min(available + [max(0, limit - used) for limit, used in cgroup_memory()])
 
 
+class DiskRoom(NamedTuple):
+    """What a run may take of the disks that it writes to."""
+
+    run_bytes: int | None  # of that of its directory; None: not known where it will be written
+    cache_bytes: int  # of that of the cache folder
+    is_one_disk: bool
+
+
+def disk_room(output_dir: str | None) -> DiskRoom:
+    """The room for a run in `output_dir`, and for what waits in the cache folder meanwhile."""
+    cache = _there(cache_folder())
+    cache_bytes = shutil.disk_usage(cache).free
+    if output_dir is None:
+        return DiskRoom(None, cache_bytes, is_one_disk=False)
+    place = _there(Path(output_dir).expanduser())
+    return DiskRoom(disk_bytes_for(output_dir), cache_bytes, place.stat().st_dev == cache.stat().st_dev)
+
+
+def cache_folder() -> Path:
+    """Where what waits outside memory is kept while a run lasts. Source: XDG Base Directory Specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "agzo-edge"
+
+
+def _there(place: Path) -> Path:
+    """The place, or the first folder above it that exists."""
+    place = place.absolute()
+    return next(each for each in (place, *place.parents) if os.path.exists(each))  # noqa: PTH110  # raises nothing
+
+
 def disk_bytes_for(directory: str) -> int:
     """What a run in `directory` may take of the disk that it lies on, or would: what is free, and what it has there."""
     place = Path(directory).expanduser().absolute()
-    free = shutil.disk_usage(next(each for each in (place, *place.parents) if os.path.exists(each))).free  # noqa: PTH110  # no error
+    free = shutil.disk_usage(_there(place)).free
     begun = place.rglob("*") if (place / "journal.jsonl").is_file() else ()  # of anything else not a file is looked at
     return free + sum(path.lstat().st_size for path in begun if path.is_file())
 
@@ -131,8 +161,8 @@ def disk_bytes_for(directory: str) -> int:
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
     """(limit, used) bytes of each control group that bounds this process's memory, version 1 or 2.
 
-    A container sees its own group as the root; outside one, every ancestor of our group counts. File pages that
-    the kernel would drop first are counted as used by a group, and are not.
+    A container sees its own group as the root; outside one, every ancestor of our group counts. `used` leaves out file
+    pages that were not used lately, since the kernel drops them first.
     """
     bounds = []
     for folder in _cgroup_folders(root, own):

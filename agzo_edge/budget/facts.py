@@ -2,26 +2,26 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from agzo_edge.budget.block import Block, block_of
 from agzo_edge.budget.headers import QUANT_STATE, Checkpoint, StoredTensor
 from agzo_edge.budget.hub import open_checkpoint
+from agzo_edge.budget.sizes import EMBEDDINGS, attention_sizes, block_number, is_size, layers_in, sizes_of
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError, numbered
 from agzo_edge.writers import ALL_LINEAR, is_beside_text, is_in_state_space, targets_among, writes_to_residual
 
 StoredAs = Literal["dense", "4bit", "4bit-nested", "8bit"]
 
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+_TABLES = (*EMBEDDINGS, "embed_tokens_per_layer")  # the last is Gemma 3n's
 _HEADS = ("lm_head", "embed_out")
 _WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
-_HEAD_COUNTS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 MLP_MODULES = ("mlp", "feed_forward", "ffn")  # of a block's part that knows no neighbouring tokens
-_IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")
+_AHEAD = re.compile(r"(?:^|\.)mtp\w*\.")  # blocks that guess further tokens: transformers leaves them in the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class ModelFacts:
 
     source: str
     model_type: str
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor]  # that are loaded
     linears: Mapping[str, tuple[int, int]]  # adaptable layers inside the blocks: (out_features, in_features)
     stored_as: StoredAs  # how the checkpoint holds them
     embedding_entries: int
@@ -39,12 +39,13 @@ class ModelFacts:
     vocab_size: int
     hidden_size: int
     n_layers: int
+    layers_stored: int  # the blocks that the weights have
     n_heads: int
-    n_kv_heads: int
-    head_dim: int
+    query_width: int  # features of all query heads together
+    kv_width: int  # of all key heads
     block: Block
     caps_logits: bool  # tanh of the logits: one more copy of them
-    divides_logits: bool  # by a constant (Granite): one more copy where they carry a tangent
+    divides_logits: bool  # by a constant, or multiplies (Granite, Cohere): one more copy where they carry a tangent
     positions: int | None  # tokens in the longest row that the model was made for, where it says so
 
     @property
@@ -71,12 +72,6 @@ class ModelFacts:
         return linear + self.embedding_entries + self.head_entries + self.other_entries
 
     @property
-    def layers_stored(self) -> int:
-        """The blocks that the weights have, by the highest number among them."""
-        numbered_names = filter(None, map(_IN_BLOCK.search, self.linears))
-        return 1 + max((int(found[0].strip(".")) for found in numbered_names), default=-1)
-
-    @property
     def has_experts(self) -> bool:
         """Whether it routes tokens to experts, whose weights transformers fuses: they stay as they are."""
         return any(".experts." in name for name in self.tensors)
@@ -85,16 +80,6 @@ class ModelFacts:
     def has_state_space(self) -> bool:
         """Whether blocks have state-space mixers beside attention."""
         return any(map(is_in_state_space, self.tensors))
-
-    @property
-    def query_width(self) -> int:
-        """Features of all query heads together."""
-        return self.n_heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Features of all key heads together."""
-        return self.n_kv_heads * self.head_dim
 
     def targets(self, wanted: Sequence[str] | None) -> dict[str, tuple[int, int]]:
         """The layers to train, as `targets_among`. Raises ModelError naming each of `wanted` that matches nothing."""
@@ -132,36 +117,34 @@ def model_facts(source: str) -> ModelFacts:
 def facts_of(checkpoint: Checkpoint) -> ModelFacts:
     """The facts that a checkpoint's headers hold. Raises ModelError for what is no causal language model."""
     source, config = checkpoint.source, _text_config(checkpoint)
-    hidden = _size(config, source, "hidden_size", "n_embd", "d_model")
-    n_heads = _size(config, source, *_HEAD_COUNTS)
-    linears = _linear_layers(checkpoint, hidden=hidden)
+    sizes = sizes_of(config, checkpoint.tensors, source=source)
+    n_stored = len(checkpoint.tensors)
+    if sizes.n_layers > n_stored:
+        raise ModelError(
+            f"{source}: config.json gives {sizes.n_layers:,} layers, and the weights are {n_stored:,} tensors"
+        )
+    loaded = replace(checkpoint, tensors=_loaded(checkpoint.tensors, n_layers=sizes.n_layers))
+    linears = _linear_layers(loaded, hidden=sizes.hidden_size)
     if not linears:
         raise ModelError(f"{source}: no linear layer inside its blocks: nothing that AGZO could train")
-    n_layers = _size(config, source, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    if n_layers > len(checkpoint.tensors):
-        raise ModelError(
-            f"{source}: config.json gives {n_layers:,} layers, and the weights are {len(checkpoint.tensors):,} tensors"
-        )
     tied = bool(config.get("tie_word_embeddings", False))
-    parts = _rest_by_kind(checkpoint, linears, tied=tied)
+    parts = _rest_by_kind(loaded, linears, tied=tied)
+    attention = attention_sizes(config, linears, loaded.tensors, source=source, hidden=sizes.hidden_size)
     return ModelFacts(
         source=source,
         model_type=str(config.get("model_type", "")),
-        tensors=checkpoint.tensors,
+        tensors=loaded.tensors,
         linears=linears,
-        stored_as=_stored_as(checkpoint, linears),
+        stored_as=_stored_as(loaded, linears),
         embedding_entries=parts["embeddings"],
         head_entries=parts["head"],
         other_entries=parts["other"],
-        vocab_size=_size(config, source, "vocab_size"),
-        hidden_size=hidden,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=_size({"num_key_value_heads": n_heads} | _given(config), source, "num_key_value_heads"),
-        head_dim=_size({"head_dim": hidden // n_heads} | _given(config), source, "head_dim"),
-        block=block_of(config, linears, checkpoint.tensors),
+        **sizes._asdict(),
+        layers_stored=layers_in(checkpoint.tensors),
+        **attention._asdict(),
+        block=block_of(config, linears, loaded.tensors),
         caps_logits=bool(config.get("final_logit_softcapping")),
-        divides_logits=bool(config.get("logits_scaling")),
+        divides_logits=bool(config.get("logits_scaling") or config.get("logit_scale")),
         positions=_positions(config),
     )
 
@@ -198,17 +181,18 @@ def _text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return {**config, **nested} if isinstance(nested, dict) else config
 
 
-def _given(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of config.json that are set: null and 0 leave them to the default."""
-    return {name: value for name, value in config.items() if value not in (None, 0)}
+def _loaded(tensors: Mapping[str, StoredTensor], *, n_layers: int) -> dict[str, StoredTensor]:
+    """Those tensors that become the model: no block after the last one, none that guesses further tokens, no mask.
 
-
-def _size(config: Mapping[str, Any], source: str, *names: str) -> int:
-    """The first of `names` that config.json gives. Raises ModelError when none is a positive number."""
-    value = next((config[name] for name in names if config.get(name) is not None), None)
-    if type(value) is not int or value <= 0:
-        raise ModelError(f"{source}: not a causal language model: config.json gives {' or '.join(names)} as {value!r}")
-    return value
+    Old GPT-2 and GPT-NeoX files hold each block's causal mask, (1, 1, tokens, tokens).
+    """
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not _AHEAD.search(name)
+        and (is_beside_text(name) or (block_number(name) or 0) < n_layers)
+        and not (len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3])
+    }
 
 
 def _linear_layers(checkpoint: Checkpoint, *, hidden: int) -> dict[str, tuple[int, int]]:
@@ -217,7 +201,7 @@ def _linear_layers(checkpoint: Checkpoint, *, hidden: int) -> dict[str, tuple[in
     faults = []
     for name, tensor in checkpoint.tensors.items():
         layer = name.removesuffix(".weight")
-        if layer == name or len(tensor.shape) != 2 or not _IN_BLOCK.search(name):
+        if layer == name or len(tensor.shape) != 2 or block_number(name) is None:
             continue
         if is_beside_text(name) or is_in_state_space(name) or ".experts." in name:
             continue
@@ -254,7 +238,12 @@ def _stored_as(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]]) -
         return "4bit"
     if any(f"{layer}.SCB" in names for layer in linears):
         return "8bit"
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    settings = checkpoint.config.get("quantization_config") or {}
+    if not isinstance(settings, dict):
+        raise ModelError(
+            f"{checkpoint.source}: config.json gives quantization_config as {settings!r}, which is no table"
+        )
+    method = settings.get("quant_method")
     if method not in (None, "bitsandbytes"):
         raise ModelError(
             f"{checkpoint.source}: quantized with {method}, which is not read: use the unquantized model, "
@@ -276,7 +265,7 @@ def _rest_by_kind(checkpoint: Checkpoint, linears: Mapping[str, Any], *, tied: b
         if leaf in _HEADS and part == "weight":
             entries["head"] += 0 if tied else tensor.n_entries
         else:
-            entries["embeddings" if leaf in _EMBEDDINGS else "other"] += tensor.n_entries
+            entries["embeddings" if leaf in _TABLES else "other"] += tensor.n_entries
     return entries
 
 
@@ -288,4 +277,4 @@ def _is_companion(name: str) -> bool:
 def _positions(config: Mapping[str, Any]) -> int | None:
     """The longest row by config.json; what is no positive number says nothing."""
     given = config.get("max_position_embeddings") or config.get("n_positions")
-    return given if type(given) is int and given > 0 else None
+    return given if is_size(given) else None

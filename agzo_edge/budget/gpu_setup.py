@@ -60,6 +60,11 @@ def setup_notes(setup: GpuSetup, *, dtype: str) -> Iterator[str]:
         yield f"{which} only emulates bfloat16, slowly: --dtype float16 is its own"
 
 
+def untold_memory(card: str) -> str:
+    """What to do with a card that torch sees, and of which no driver tells more."""
+    return f"torch sees {card}, and no driver tells its memory: give a profile with --profile FILE.toml"
+
+
 def has_kernels(capability: tuple[int, int], compiled_for: tuple[str, ...]) -> bool:
     """Whether code for these targets runs on such a card.
 

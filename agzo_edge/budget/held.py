@@ -53,8 +53,8 @@ def frozen_layers(job: Job) -> Iterator[Component]:
     """The linear layers as they are held, and those that target = dequantized opens beside their stored form.
 
     With offload = layers the stored form waits outside the device, and on a GPU the packed bytes of two blocks
-    are on the card: one in use, one on its way. Opened layers are written to and stay; what they were opened
-    from stays with them, but in its file where nothing had to be converted.
+    are on the card: one in use, one on its way. Opened layers stay on the device. So does the form
+    they were opened from, unless the file's own tensor serves unconverted: it then stays mapped.
     """
     opened, facts = job.opened, job.facts
     sizes = {name: job.layer_bytes(shape) for name, shape in facts.linears.items()}
@@ -179,7 +179,7 @@ def coefficient_entries(job: Job, shapes: Mapping[str, tuple[int, int]]) -> int:
 
 
 def disk_components(job: Job) -> Iterator[Component]:
-    """What the run directory will hold at its end; of the checkpoints only the last few are kept.
+    """What the run directory will hold at its end, the last few checkpoints in it, and the cache folder meanwhile.
 
     A checkpoint is the adapter and the learner's state, whose folded windows may be twice as wide.
     """
@@ -196,6 +196,6 @@ def disk_components(job: Job) -> Iterator[Component]:
     yield Component("checkpoints", n_checkpoints * checkpoint_bytes, "disk", rule)
     yield Component("journal", config.max_steps * line_bytes, "disk", f"{config.max_steps} x {line_bytes} B")
     mapped_bytes = sum(part.n_bytes for part in held_components(job) if part.name in MOVABLE and part.where == "mapped")
-    yield Component("mapped weights", mapped_bytes, "disk", "what waits outside memory, in the cache folder")
+    yield Component("mapped weights", mapped_bytes, "cache", "what waits outside memory, in a file")
     bases_bytes = job.n_windows * window_entries * FLOAT32_BYTES
     yield Component("bases", bases_bytes, "disk", f"{job.n_windows} windows x {window_entries:,} x 4 B, guides too")

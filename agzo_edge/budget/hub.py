@@ -23,10 +23,14 @@ def open_checkpoint(source: str) -> Checkpoint:
 
     Raises ModelError when neither exists, or what is there cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, a user who is not there, a zero byte
+        raise ModelError(f"{source[:100]}: names no directory and no model: {error}") from None
+    if is_directory:
         return read_checkpoint(path, source=source)
-    if path.exists():
+    if exists:
         raise ModelError(f"{source}: is a file: give the directory that holds it and its config.json")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
         raise ModelError(f"{source}: no such directory: name the one that holds the model with --model")
@@ -71,9 +75,12 @@ def _ask_hub(source: str) -> Checkpoint:
         raise ModelError(f"{source}: holds no config.json on the hub: is it a transformers model?") from None
     except hub_errors.NotASafetensorsRepoError:
         raise ModelError(f"{source}: has no safetensors files, and only safetensors is read") from None
-    except (hub_errors.HfHubHTTPError, OSError, ValueError) as error:
+    except (hub_errors.HfHubHTTPError, hub_errors.SafetensorsParsingError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{tried}; the hub refused: {reason}. A gated model needs HF_TOKEN") from None
+    except Exception as error:  # noqa: BLE001  # the HTTP library's, which differs between the client's versions
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{tried}; the hub could not be reached ({reason})") from None
     tensors = {
         name: StoredTensor(tuple(info.shape), info.dtype, info.data_offsets[1] - info.data_offsets[0])
         for file in metadata.files_metadata.values()

@@ -9,7 +9,7 @@ from agzo_edge.budget.profile import Profile
 from agzo_edge.config import RunConfig
 from agzo_edge.writers import writes_to_residual
 
-Where = Literal["device", "host", "mapped", "disk"]  # mapped: pages of files, which the kernel may drop
+Where = Literal["device", "host", "mapped", "cache", "disk"]  # mapped: pages of files, which the kernel may drop
 
 STREAMS = 2  # both signs, or the value and its tangent, go through the model as one batch
 FLOAT32_BYTES = 4

@@ -10,11 +10,11 @@ from typing import Any
 from agzo_edge.config import RunConfig
 from agzo_edge.units import MIB, format_bytes
 
-SMALLEST_LOGITS_CHUNK = 4 * MIB  # a dozen positions of a large vocabulary: below it the head is read too often
+SMALLEST_LOGITS_CHUNK = 4 * MIB  # 3 to 7 positions of a large vocabulary: below it the head is read too often
 SMALLEST_MLP_CHUNK = 128  # tokens: below it the MLP's weights are read more than they are used
 
 OFFLOADS = ("none", "embeddings", "layers")
-_ALLOWED = {"fail": (), "shrink": OFFLOADS[:2], "stream": OFFLOADS}
+_ALLOWED = {"shrink": OFFLOADS[:2], "stream": OFFLOADS}  # beside what was asked for
 
 
 def ladder(config: RunConfig, *, row_tokens: int) -> Iterator[RunConfig]:
@@ -25,12 +25,13 @@ def ladder(config: RunConfig, *, row_tokens: int) -> Iterator[RunConfig]:
     outside the device: with those out of the way the batch may be whole again.
     """
     yield config
-    asked = OFFLOADS.index(config.offload)
-    for offload in _ALLOWED[config.on_overflow]:
-        if OFFLOADS.index(offload) >= asked:
+    if config.on_overflow == "fail":
+        return
+    yield from _in_smaller_pieces(config, row_tokens)
+    for offload in OFFLOADS[OFFLOADS.index(config.offload) + 1 :]:
+        if offload in _ALLOWED[config.on_overflow]:
             outside = config.model_copy(update={"offload": offload})
-            if offload != config.offload:
-                yield outside
+            yield outside
             yield from _in_smaller_pieces(outside, row_tokens)
 
 

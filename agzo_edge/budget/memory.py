@@ -1,10 +1,11 @@
 """The predicted memory of a run: every component against the limit of its place."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from agzo_edge.budget.detect import disk_bytes_for
+from agzo_edge.budget.block import MEASURED
+from agzo_edge.budget.detect import DiskRoom, disk_room
 from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.held import disk_components, held_components
 from agzo_edge.budget.job import UNKNOWN_DATA, Component, DataShape, Job, Where
@@ -43,9 +44,10 @@ class MemoryPlan:
     limit_bytes: int  # of the device that computes
     host_limit_bytes: int | None  # None: not checked, or the host is the device
     disk_limit_bytes: int | None = None  # for the run where it will be written; None: not known where
+    cache_limit_bytes: int | None = None  # for what waits in the cache folder; None: nothing does
     largest_layer_bytes: int = 0  # as it is held: less than that no ladder reaches
     notes: tuple[str, ...] = ()  # what a person should know who asked for this
-    changes: tuple[Saving, ...] = field(default=())
+    changes: tuple[Saving, ...] = ()
     in_pieces: InPieces | None = None  # when it does not fit, and a rung of the ladder does
     qlora: QloraNeed | None = None  # for comparison
 
@@ -80,6 +82,17 @@ class MemoryPlan:
             yield "host", self.bytes_on("host"), self.host_limit_bytes
         if self.disk_limit_bytes is not None:
             yield "disk", self.bytes_on("disk"), self.disk_limit_bytes
+        if self.cache_limit_bytes is not None:
+            yield "cache", self.bytes_on("cache"), self.cache_limit_bytes
+
+    @property
+    def tightest(self) -> Where:
+        """The first place whose limit does not hold; the device where all do."""
+        return next((where for where, need_bytes, limit_bytes in self.limits if need_bytes > limit_bytes), "device")
+
+    def excess_bytes(self, where: Where) -> int:
+        """What is needed in a place that has a limit, beyond it; negative where it fits."""
+        return next(need_bytes - limit_bytes for place, need_bytes, limit_bytes in self.limits if place == where)
 
     @property
     def fits(self) -> bool:
@@ -106,6 +119,8 @@ class MemoryPlan:
             "host_limit_bytes": self.host_limit_bytes,
             "disk_bytes": self.bytes_on("disk"),
             "disk_limit_bytes": self.disk_limit_bytes,
+            "cache_bytes": self.bytes_on("cache"),
+            "cache_limit_bytes": self.cache_limit_bytes,
             "components": [
                 {"name": part.name, "where": part.where, "bytes": part.n_bytes, "formula": part.formula}
                 for part in self.components
@@ -118,16 +133,23 @@ class MemoryPlan:
 
 
 def predicted_memory(
-    facts: ModelFacts, config: RunConfig, profile: Profile, *, data: DataShape = UNKNOWN_DATA
+    facts: ModelFacts,
+    config: RunConfig,
+    profile: Profile,
+    *,
+    data: DataShape = UNKNOWN_DATA,
+    room: DiskRoom | None = None,
 ) -> MemoryPlan:
     """The plan of the run that `config` describes on `profile`'s machine, without advice.
 
+    `room` is that of its disks now; without it they are asked, which takes longer than all else.
     Raises ModelError when target_modules matches no layer, ConfigError for a limit or a device that the
     machine does not have.
     """
     job = job_of(facts, config, profile, data=data)
     parts = (*held_components(job), *working_components(job), *host_components(job), *disk_components(job))
     device_bytes = sum(part.n_bytes for part in parts if part.where == "device")
+    room = room or disk_room(config.output_dir)
     return MemoryPlan(
         profile_name=profile.name,
         dtype=job.dtype,
@@ -136,10 +158,19 @@ def predicted_memory(
         components=parts,
         limit_bytes=device_limit(config, profile),
         host_limit_bytes=None if job.on_cpu else host_limit(config, profile, device_bytes=device_bytes),
-        disk_limit_bytes=None if config.output_dir is None else disk_bytes_for(config.output_dir),
+        disk_limit_bytes=room.run_bytes,
+        cache_limit_bytes=_cache_limit(parts, room),
         largest_layer_bytes=max(job.layer_bytes(shape) for shape in facts.linears.values()),
         notes=tuple(_notes(job)),
     )
+
+
+def _cache_limit(parts: Sequence[Component], room: DiskRoom) -> int | None:
+    """What may wait in the cache folder, where anything does: what is free, less the run's own part of that disk."""
+    if not any(part.n_bytes for part in parts if part.where == "cache"):
+        return None
+    of_run = sum(part.n_bytes for part in parts if part.where == "disk") if room.is_one_disk else 0
+    return max(0, room.cache_bytes - of_run)
 
 
 def job_of(facts: ModelFacts, config: RunConfig, profile: Profile, *, data: DataShape = UNKNOWN_DATA) -> Job:
@@ -164,6 +195,11 @@ def _notes(job: Job) -> Iterator[str]:
         yield f"rows have {facts.positions:,} tokens at most: the model has no more positions"
     if facts.has_state_space:
         yield "what its state-space mixers keep while they scan is not counted: the peak may be higher (measured: 29 %)"
+    elif facts.model_type not in MEASURED:
+        yield (
+            f"activations of models of type {facts.model_type!r} were not measured, and the plan may be too low (of "
+            "others by up to half of the peak)"
+        )
     if facts.stored_as == "dense":
         return
     bits = "8 bit" if facts.stored_as == "8bit" else "4 bit"

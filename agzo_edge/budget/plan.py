@@ -5,8 +5,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from agzo_edge.budget.detect import cache_folder, disk_room
 from agzo_edge.budget.facts import ModelFacts
-from agzo_edge.budget.job import UNKNOWN_DATA, DataShape
+from agzo_edge.budget.job import UNKNOWN_DATA, DataShape, Where
 from agzo_edge.budget.ladder import OFFLOADS, SMALLEST_LOGITS_CHUNK, SMALLEST_MLP_CHUNK, halvings, ladder, rung_words
 from agzo_edge.budget.memory import InPieces, MemoryPlan, Saving, computes_on_cpu, job_of, predicted_memory
 from agzo_edge.budget.profile import Profile
@@ -48,7 +49,7 @@ def memory_plan(
     Raises ModelError when target_modules matches no layer, ConfigError for a limit or a device that the
     machine does not have.
     """
-    predict = partial(predicted_memory, facts, profile=profile, data=data)
+    predict = partial(predicted_memory, facts, profile=profile, data=data, room=disk_room(config.output_dir))
     plan = predict(config)
     kinds = _cheaper(config, facts, row_tokens=plan.row_tokens, on_cpu=computes_on_cpu(config, profile))
     return replace(
@@ -76,7 +77,7 @@ def require_fits(plan: MemoryPlan, *, in_smallest_pieces: int | None = None) -> 
     """
     if plan.fits:
         return
-    where, need_bytes, limit_bytes = next(place for place in plan.limits if place[1] > place[2])
+    where, need_bytes, limit_bytes = next(place for place in plan.limits if place[0] == plan.tightest)
     parts = sorted((part for part in plan.components if part.where == where), key=lambda part: -part.n_bytes)
     largest = [f"{part.name} {format_bytes(part.n_bytes)}: {part.formula}" for part in parts[:N_LARGEST]]
     need = f"the run needs {format_bytes(need_bytes)}"
@@ -85,23 +86,30 @@ def require_fits(plan: MemoryPlan, *, in_smallest_pieces: int | None = None) -> 
             f"{need} on the disk of its output directory, and {format_bytes(limit_bytes)} are free. The largest "
             f"parts:\n{numbered(largest)}\nMake room, or choose another --output-dir"
         )
+    if where == "cache":
+        raise BudgetError(
+            f"{need} for what waits outside memory in {cache_folder()}, and {format_bytes(limit_bytes)} are free on "
+            f"its disk. Make room, or set XDG_CACHE_HOME to a folder on another disk"
+        )
     pieces = ""
     if where == "device" and in_smallest_pieces is not None and limit_bytes < in_smallest_pieces < need_bytes:
         pieces = f", {format_bytes(in_smallest_pieces)} in the smallest pieces"
     raise BudgetError(
         f"{need} of {where} memory{pieces}, and profile '{plan.profile_name}' with its limits allows "
-        f"{format_bytes(limit_bytes)}. The largest parts:\n{numbered(largest)}\n{_remedy(plan, limit_bytes)}"
+        f"{format_bytes(limit_bytes)}. The largest parts:\n{numbered(largest)}\n{_remedy(plan, where, limit_bytes)}"
     )
 
 
-def _remedy(plan: MemoryPlan, limit_bytes: int) -> str:
+def _remedy(plan: MemoryPlan, where: Where, limit_bytes: int) -> str:
     """What to try, in lines."""
-    if limit_bytes < plan.least_bytes:
+    if where == "device" and limit_bytes < plan.least_bytes:
         least = format_bytes(plan.least_bytes)
         return (
             f"The libraries and the largest layer's weights alone take {least}: raise the limit, or take a smaller "
             "model"
         )
+    if not plan.changes:
+        return "No setting saves any of it: raise the limit, or take a smaller model"
     offered = [change for change in plan.changes if change.fits] or plan.changes
     advice = [f"{change.flags} (saves {format_bytes(change.saved_bytes)})" for change in offered]
     remedy = "Each of these makes it fit:"
@@ -115,7 +123,7 @@ def fitted_run(facts: ModelFacts, config: RunConfig, profile: Profile, *, data: 
 
     Raises BudgetError, with the numbers of the run as asked for, when none does.
     """
-    predict = partial(predicted_memory, facts, profile=profile, data=data)
+    predict = partial(predicted_memory, facts, profile=profile, data=data, room=disk_room(config.output_dir))
     asked = predict(config)
     tried = [Rung(rung, predict(rung)) for rung in ladder(config, row_tokens=asked.row_tokens)]
     rungs: list[Rung] = []
@@ -139,10 +147,11 @@ def fitted_run(facts: ModelFacts, config: RunConfig, profile: Profile, *, data: 
 def _changes(
     plan: MemoryPlan, config: RunConfig, kinds: Iterator[list[_Update]], *, predict: Predict
 ) -> tuple[Saving, ...]:
-    """Up to three changes: the cheapest that make the plan fit, then those that save most.
+    """Up to three changes: the cheapest that make the plan fit, then those that save most where it does not.
 
     Of each kind the mildest that makes it fit is taken, or the strongest when none does.
     """
+    where = plan.tightest
     fitting: list[Saving] = []
     saving: list[Saving] = []
     for updates in kinds:
@@ -150,7 +159,7 @@ def _changes(
         if not tried:
             continue
         update, best = next((pair for pair in tried if pair[1].fits), tried[-1])
-        saved_bytes = plan.device_bytes - best.device_bytes
+        saved_bytes = plan.excess_bytes(where) - best.excess_bytes(where)
         flags = " ".join(_flag(name, value) for name, value in update.items() if name != "load_in_8bit")
         if saved_bytes > 0:
             (fitting if best.fits else saving).append(Saving(flags, saved_bytes, best.fits))

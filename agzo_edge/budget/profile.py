@@ -31,7 +31,7 @@ class Profile(BaseModel):
     reserve: Bytes  # left to the desktop and to other programs
     context_overhead: Bytes  # what the libraries take before the first tensor, outside torch's allocator
     host_memory: Bytes | None = None  # what a run on a GPU may take of the host's; None is not checked
-    memory_bandwidth_gb_s: float | None = Field(default=None, gt=0)
+    memory_bandwidth_gb_s: float | None = Field(default=None, gt=0)  # shown, and not planned with, as the next one
     pcie_gb_s: float | None = Field(default=None, gt=0)
     compute_capability: str | None = Field(default=None, pattern=r"^\d+\.\d+$")
     bf16: bool = False
@@ -70,7 +70,7 @@ def load_profile(name_or_path: str) -> Profile:
     Raises ConfigError for an unknown name, with the close ones, and for a file with a wrong field.
     """
     if name_or_path.endswith(".toml") or "/" in name_or_path or "\\" in name_or_path:
-        return _read(Path(name_or_path).expanduser(), name_or_path)
+        return _read(Path(name_or_path), name_or_path)
     if name_or_path not in profile_names():
         raise ConfigError(
             f"profile {name_or_path!r} does not exist{_did_you_mean(name_or_path, profile_names())}. "
@@ -98,10 +98,11 @@ def profile_folder() -> Traversable:
 
 def _read(file: Traversable, origin: str) -> Profile:
     try:
+        file = file.expanduser() if isinstance(file, Path) else file
         fields = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"profile {origin}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # no TOML, nested too deeply, a name that is none
         raise ConfigError(f"profile {origin}: cannot be read as TOML: {error}") from None
     try:
         profile = Profile(**fields)

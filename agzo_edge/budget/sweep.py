@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from agzo_edge.budget.detect import disk_room
 from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.memory import predicted_memory
-from agzo_edge.budget.plan import in_pieces
+from agzo_edge.budget.plan import Predict, in_pieces
 from agzo_edge.budget.profile import Profile
 from agzo_edge.config import RunConfig
 
@@ -50,13 +51,13 @@ def memory_sweep(facts: ModelFacts, config: RunConfig, profile: Profile) -> Swee
 
     Raises ModelError when target_modules matches no layer.
     """
+    predict = partial(predicted_memory, facts, profile=profile, room=disk_room(config.output_dir))
     cells = tuple(
-        _cell(facts, _resized(config, length=length, batch_size=batch_size), profile)
+        _cell(_resized(config, length=length, batch_size=batch_size), predict)
         for length in _lengths(facts)
         for batch_size in BATCHES
     )
-    limit_bytes = predicted_memory(facts, config, profile).limit_bytes
-    return Sweep(profile_name=profile.name, limit_bytes=limit_bytes, cells=cells)
+    return Sweep(profile_name=profile.name, limit_bytes=predict(config).limit_bytes, cells=cells)
 
 
 def _lengths(facts: ModelFacts) -> Sequence[int]:
@@ -71,9 +72,8 @@ def _resized(config: RunConfig, *, length: int, batch_size: int) -> RunConfig:
     return config.model_copy(update={"max_seq_length": length, "batch_size": batch_size, "micro_batch_size": micro})
 
 
-def _cell(facts: ModelFacts, config: RunConfig, profile: Profile) -> Cell:
+def _cell(config: RunConfig, predict: Predict) -> Cell:
     """The run as asked for, else on the first rung of the ladder that fits."""
-    predict = partial(predicted_memory, facts, profile=profile)
     asked = predict(config)
     size = (config.max_seq_length, config.batch_size, asked.device_bytes)
     if (pieces := in_pieces(config, asked, predict)) is not None:

@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from agzo_edge.budget.activations import Moment, block_moments, drawn_noise
+from agzo_edge.budget.activations import Moment, block_moments
 from agzo_edge.budget.held import CPU_COLUMNS, basis_entries, coefficient_entries, guide_entries, workspace
-from agzo_edge.budget.job import FLOAT32_BYTES, STREAMS, Component, Job, folded_rank
+from agzo_edge.budget.job import FLOAT32_BYTES, Component, Job, folded_rank
+from agzo_edge.budget.noise import drawn_noise
 from agzo_edge.units import MIB
 
 CUDA_SLACK_SHARE = 0.05  # estimate: what torch's CUDA allocator rounds up or cannot reuse
@@ -24,6 +25,7 @@ CPU_16BIT_BYTES = 8 * MIB  # measured: the heap's gaps between them, which diffe
 CPU_16BIT_TRIMMED_BYTES = 9 * MIB // 2  # where it has just been trimmed
 CPU_ATTENTION_BYTES = 15 * MIB // 2  # measured, 3 to 8: of attention that is written out, with shapes of its own
 CPU_ROWS = 128  # of a block of 16-bit products, of which a chunk of logits has whole ones: numerics/products.py
+LOADER_COPIES = 2  # of a tensor on its way to a GPU: as it was read, and as it is computed with
 NEXT_TOKEN_BYTES = 4 * FLOAT32_BYTES + 2 * 8  # for each word, while a token is drawn
 LOGITS_COPIES = 2  # float32 copies of a chunk of logits, in log-sum-exp
 EXACT_COPIES = 4  # with its tangent
@@ -134,9 +136,10 @@ def answering(job: Job) -> Iterator[Moment]:
 def guiding(job: Job) -> Iterator[Moment]:
     """The plain pass that finds the guides, and the errors at its end.
 
-    Each guided layer keeps the coordinates of one micro-batch, beside a block where the step itself has no more rows,
-    and beside the gradient of the last states, in float32 too; then its guess (out, rank). The logits' way back goes
-    in pieces of a chunk: the logits and their gradient in float32, and what caps and quotients keep or copy (measured).
+    Each guided layer keeps one micro-batch's coordinates. If signs go one after the other they stand beside a block; at
+    the end, beside the gradient of the last hidden states. Then it keeps its guess (out, rank). The logits' way back
+    goes in pieces of a chunk: the logits and their gradient in float32, and what caps and quotients keep or copy
+    (measured).
     """
     facts = job.facts
     tokens = job.tokens // job.streams
@@ -214,8 +217,11 @@ def host_components(job: Job) -> Iterator[Component]:
     """What comes and goes in the host's memory beside a GPU; on a CPU all of it is in the device's budget."""
     if job.on_cpu:
         return
-    entries = max(tensor.n_entries for tensor in job.facts.tensors.values())
-    yield Component("loader", STREAMS * entries * job.value_bytes, "host", "2 copies of the largest tensor")
+    tensors = job.facts.tensors
+    largest = LOADER_COPIES * max(tensor.n_entries for tensor in tensors.values()) * job.value_bytes
+    experts = sum(tensor.n_bytes for name, tensor in tensors.items() if ".experts." in name)
+    rule = f"{LOADER_COPIES} copies of the largest tensor" + (", and all experts, fused" if experts else "")
+    yield Component("loader", largest + experts, "host", rule)
     widest = job.directions * max((out for out, _ in job.freely_perturbed.values()), default=0) * job.config.rank
     n_bytes = 2 * -(-widest // 8) if job.config.noise == "sign" else widest * FLOAT32_BYTES * 11
     yield Component("noise", n_bytes, "host", f"random words of {widest:,} entries of the widest layer")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_POINTS = 40
+_ON_DISK = {"disk": "the disk", "cache": "the cache folder's disk"}  # of a plan's places
 COLUMNS_WITH_FORMULAS = 72  # below it every formula would fold into a dozen lines
 
 
@@ -79,7 +80,7 @@ def verdict(plan: "MemoryPlan") -> Text:
     over = f"{format_bytes(-plan.headroom_bytes)} too much"
     if plan.headroom_bytes >= 0:
         where, need_bytes, limit_bytes = next(place for place in plan.limits if place[1] > place[2])
-        text = f"{format_bytes(need_bytes)} of {'the disk' if where == 'disk' else 'host memory'}"
+        text = f"{format_bytes(need_bytes)} of {_ON_DISK.get(where, 'host memory')}"
         over = f"{format_bytes(limit_bytes)} may be used"
     changes = [
         f"\n  {change.flags}  saves {format_bytes(change.saved_bytes)}" + (", enough alone" if change.fits else "")

@@ -19,7 +19,7 @@ from agzo_edge.errors import ModelError, numbered
 from agzo_edge.model.attention import choose_attention
 from agzo_edge.model.device import chosen_device, chosen_dtype, use_threads
 from agzo_edge.model.linear import BranchedLinear, FrozenLinear
-from agzo_edge.model.memory import give_back, return_what_is_freed
+from agzo_edge.model.memory import give_back, is_out_of_memory, return_what_is_freed
 from agzo_edge.model.offload import place_embeddings, place_of, settle
 from agzo_edge.model.passes import PassContext
 from agzo_edge.model.pieces import let_mlps_work_in_pieces
@@ -157,12 +157,14 @@ def _pretrained(source: str, config: RunConfig, *, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def refused_as_model(source: str, what: str) -> Iterator[None]:
-    """Inside, what a loader raises at broken or odd files is a ModelError."""
+    """Inside, what a loader raises at broken or odd files is a ModelError; an allocation that fails stays one."""
     try:
         yield
     except StrictDataclassError as error:
         raise ModelError(f"{source}: config.json cannot be used: {_reason(error)}") from None
     except _LOADING_FAILED as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{source}: {what}: {_reason(error)}") from None
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import psutil
 import torch
 
-from agzo_edge.budget.detect import available_host_bytes
-from agzo_edge.errors import BudgetBrokenError
-from agzo_edge.units import MIB
+from agzo_edge.budget.detect import available_host_bytes, total_host_bytes
+from agzo_edge.budget.memory import MemoryPlan
+from agzo_edge.errors import BudgetBrokenError, BudgetError
+from agzo_edge.units import MIB, format_bytes
 
 RETURNED_BYTES = MIB  # smaller blocks stay in the heap: measured, below it a step takes 5 to 10 % longer
 KEPT_MATMULS = 32  # more than the shapes of a step; each takes 0.3 MiB on an AVX-512 CPU, measured
@@ -24,7 +25,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # written there, VmHWM falls back to what is resident now: proc(5)
-_ALLOCATION_FAILED = re.compile(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
+_ALLOCATION_FAILED = re.compile(
+    r"can(?:no|')t allocate memory|not enough memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE
+)
 _expected_outside: dict[torch.device, int] = {}  # bytes, for bytes_outside_torch
 
 
@@ -138,8 +141,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def total_bytes(device: torch.device) -> int:
-    """Bytes of the device's memory, whoever has them."""
-    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else int(psutil.virtual_memory().total)
+    """Bytes of the device's memory, whoever has them; of a container's host what it may use."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else total_host_bytes()
 
 
 def load_context(device: torch.device) -> None:
@@ -186,19 +189,39 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
+def refused_as_budget(plan: MemoryPlan) -> Iterator[None]:
+    """Inside, an allocation that fails is a BudgetError: the model of this plan is loaded, and nothing was learned."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BudgetError(
+            f"the model could not be loaded within {format_bytes(plan.limit_bytes)}, of which "
+            f"{format_bytes(plan.device_bytes)} were planned: the machine gives less ({_first_line(error)}). Lower "
+            "--vram-limit to what is free, so that the plan keeps to it (--on-overflow stream), or close other programs"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """What an allocation's failure says of itself."""
+    return str(error).strip().split("\n")[0] or "out of memory"
+
+
+@contextmanager
 def capped(device: torch.device, limit_bytes: int) -> Iterator[None]:
     """Inside, an allocation that would pass `limit_bytes` fails, and comes out as BudgetBrokenError.
 
-    CUDA: the cap of torch's allocator, at what the limit leaves beside everything outside it. It is never above
-    what the card has, so that a driver which spills into the host's memory (Windows, WSL) is not led to; that
-    could not be tried here. CPU: the kernel's limit on data growth (Linux; elsewhere only the measured peak tells).
+    CUDA: the cap of torch's allocator, at what the limit leaves beside everything outside it.
+    The cap never exceeds the card's memory, since some drivers (Windows, WSL) spill into the host's.
+    CPU: the kernel's limit on data growth (Linux; elsewhere only the measured peak tells).
     """
     with _allocator_cap(limit_bytes, device) if device.type == "cuda" else _data_cap(limit_bytes):
         try:
             yield
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if is_out_of_memory(error):
-                raise BudgetBrokenError(str(error).strip().split("\n")[0] or "out of memory") from error
+                raise BudgetBrokenError(_first_line(error)) from error
             raise
 
 

@@ -10,13 +10,13 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from agzo_edge.budget.detect import cache_folder
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import ModelError
 from agzo_edge.model.linear import FrozenLinear
@@ -32,7 +32,7 @@ class MappedFile:
     """A file without a name that tensors move into; it is gone when the process is, however that ends."""
 
     def __init__(self) -> None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "agzo-edge"
+        folder = cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)  # not the system's /tmp, which often is memory itself
             self._file = TemporaryFile(dir=folder)  # noqa: SIM115  # open for as long as tensors may come

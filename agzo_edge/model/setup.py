@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from agzo_edge.budget.gpu import visible_gpu
-from agzo_edge.budget.gpu_setup import GpuSetup, setup_faults, setup_notes
+from agzo_edge.budget.gpu_setup import GpuSetup, setup_faults, setup_notes, untold_memory
 from agzo_edge.budget.memory import compute_dtype, computes_on_cpu
 from agzo_edge.budget.profile import Profile
 from agzo_edge.config import RunConfig
@@ -53,6 +53,24 @@ def require_usable_device(config: RunConfig, machine: Profile) -> tuple[str, ...
     if faults:
         raise ConfigError(f"the GPU cannot be used (--device cpu computes without it):\n{numbered(faults)}")
     return tuple(setup_notes(setup, dtype=compute_dtype(config, machine)))
+
+
+def on_planned_device(config: RunConfig, machine: Profile) -> RunConfig:
+    """The run with the device that its plan is for, so that it is loaded there.
+
+    Raises ConfigError where torch does not see it, and for a card whose memory nobody tells.
+    """
+    seen = torch.cuda.is_available()
+    if computes_on_cpu(config, machine):
+        if seen and (config.device, config.profile) == ("auto", "auto"):
+            raise ConfigError(f"{untold_memory(torch.cuda.get_device_name())}; --device cpu computes without it")
+        return config.model_copy(update={"device": "cpu"})
+    if not seen:
+        raise ConfigError(
+            f"profile '{machine.name}' is a GPU's, and torch sees no CUDA device here: use --profile auto to compute "
+            f"on this machine, or `agzo-edge plan` to look at that one"
+        )
+    return config.model_copy(update={"device": "cuda"})
 
 
 def _cpu_notes(dtype: str) -> Iterator[str]:

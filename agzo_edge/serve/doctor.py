@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from agzo_edge.budget.detect import available_host_bytes, machine_profile, total_host_bytes
 from agzo_edge.budget.gpu import board_name
-from agzo_edge.budget.gpu_setup import GpuSetup, setup_faults, setup_notes
+from agzo_edge.budget.gpu_setup import GpuSetup, setup_faults, setup_notes, untold_memory
 from agzo_edge.budget.profile import Profile
 from agzo_edge.model.setup import gpu_setup
 from agzo_edge.units import GIB, format_bytes
@@ -123,7 +123,7 @@ def machine_advice(machine: Profile, device: Mapping[str, Any], *, board: str) -
     elif on_cpu and machine.kind == "cpu" and shutil.which("nvidia-smi"):  # a card that is seen has been told of
         yield "there is an NVIDIA driver, but this torch has no CUDA: install torch's CUDA build"
     if not on_cpu and machine.kind == "cpu":
-        yield f"torch sees {device['name']}, and no driver tells its memory: give a profile with --profile FILE.toml"
+        yield untold_memory(device["name"])
     if machine.kind == "cuda" and machine.memory_bandwidth_gb_s is None:
         yield (
             "no profile knows this card, and what its libraries take is estimated: `agzo-edge profiles` lists those "

@@ -12,7 +12,7 @@ from agzo_edge.model.offload import settle
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.units import format_bytes
 
-SPARE_SHARE = 0.02  # of the machine's memory, left to others: below it a desktop begins to swap
+SPARE_SHARE = 0.02  # of the memory that there is, left to others: below it a desktop begins to swap
 PATIENCE_STEPS = 10  # that memory must have been plentiful before a rung up is tried
 UP_MARGIN = 1.1  # of what that rung needs, or the next step would go down again
 
@@ -36,6 +36,7 @@ class Guard:
         self._spare_bytes = round(SPARE_SHARE * total_bytes(model.device))
         self._place = 0
         self._measured_bytes: dict[int, int] = {}  # the largest peak of each rung
+        self._plan_error = 1.0  # the most that a rung took of what was planned for it, or 1
         self._calm_steps = 0
 
     @property
@@ -72,6 +73,7 @@ class Guard:
         meter.read()
         self.peak_bytes = max(self.peak_bytes, meter.peak_bytes)
         self._measured_bytes[self._place] = max(self._measured_bytes.get(self._place, 0), meter.peak_bytes)
+        self._plan_error = max(self._plan_error, meter.peak_bytes / self.rungs[self._place].plan.device_bytes)
 
     def _allowed_bytes(self) -> int:
         """What we may take in all: the limit, or what we have and others leave."""
@@ -102,12 +104,10 @@ class Guard:
             self._move(faster[0], f"{format_bytes(allowed)} are free for it again")
 
     def _need(self, place: int) -> int:
-        """The bytes of a rung: measured where it has been, else planned, corrected by how wrong the plan was here."""
+        """The bytes of a rung: measured where it has been, else planned, corrected by how wrong a plan has been."""
         if place in self._measured_bytes:
             return self._measured_bytes[place]
-        planned = self.rungs[place].plan.device_bytes
-        error = self._measured_bytes.get(self._place, 0) / self.rungs[self._place].plan.device_bytes
-        return round(planned * max(1.0, error))
+        return round(self._plan_error * self.rungs[place].plan.device_bytes)
 
     def _down(self, why: str) -> None:
         """Take the next rung. Raises BudgetBrokenError, or BudgetError before the first step, when this is the last."""

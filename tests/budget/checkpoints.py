@@ -1,6 +1,7 @@
 """Tiny checkpoints for the tests of this folder, written with the safetensors format and nothing else."""
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,11 +46,13 @@ def llama_shapes(config: Mapping[str, Any] = LLAMA) -> dict[str, tuple[int, ...]
 def llama_facts(**changes: Any) -> ModelFacts:
     """The facts of a Llama without files."""
     config = LLAMA | changes
-    tensors = {}
-    for name, shape in llama_shapes(config).items():
-        n_entries = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        tensors[name] = StoredTensor(shape, "BF16", 2 * n_entries)
-    return facts_of(Checkpoint("a-llama", config, tensors, true_shapes={}))
+    return facts_by_headers(config, llama_shapes(config))
+
+
+def facts_by_headers(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelFacts:
+    """The facts of a bfloat16 model with these tensors, without files."""
+    tensors = {name: StoredTensor(shape, "BF16", 2 * math.prod(shape)) for name, shape in shapes.items()}
+    return facts_of(Checkpoint("a-model", config, tensors, true_shapes={}))
 
 
 def write_safetensors(file: Path, entries: Mapping[str, tuple[str, tuple[int, ...], bytes]]) -> None:

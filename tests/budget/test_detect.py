@@ -5,6 +5,7 @@ import pytest
 
 from agzo_edge.budget.detect import (
     board_profile,
+    cache_folder,
     cgroup_memory,
     cpu_profile,
     detected_profile,
@@ -29,6 +30,12 @@ def test_without_a_visible_gpu_this_machine_is_a_cpu(monkeypatch: pytest.MonkeyP
     assert visible_gpu() is None
     assert detected_profile().kind == "cpu"
     assert machine_profile("auto").kind == "cpu"
+
+
+@pytest.mark.parametrize(("home", "folder"), [("", "~/.cache/agzo-edge"), ("/mnt/cache", "/mnt/cache/agzo-edge")])
+def test_an_empty_cache_home_is_none(home: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    assert cache_folder() == Path(folder).expanduser()
 
 
 def test_any_other_name_is_a_shipped_profile() -> None:

@@ -1,10 +1,14 @@
 import json
+import os
 import struct
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from checkpoints import LLAMA, llama_shapes, write_llama, write_safetensors
+from huggingface_hub.errors import SafetensorsParsingError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,9 +129,11 @@ def test_a_pickled_checkpoint_is_refused_with_the_remedy(tmp_path: Path) -> None
     [
         ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
         ({"is_encoder_decoder": True}, "encoder"),
-        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "wide"}, "hidden_size"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": "gptq"}, "quantization_config as 'gptq'"),
+        ({"quantization_config": ["gptq"]}, "no table"),
     ],
 )
 def test_what_is_no_plain_causal_model_is_refused_by_reason(tmp_path: Path, change: dict, reason: str) -> None:
@@ -163,11 +169,44 @@ def test_a_missing_directory_is_named(source: str) -> None:
         model_facts(source)
 
 
+@pytest.mark.parametrize("source", ["a" * 300, "/" + "a" * 300, "~nobody-of-this-name/model"])
+def test_a_path_that_can_be_none_is_refused(source: str) -> None:
+    with pytest.raises(ModelError, match="names no directory and no model"):
+        model_facts(source)
+
+
 @pytest.mark.parametrize("source", ["nobody/no-such-model", "not a name!", "a" * 200])
 def test_an_unknown_hub_id_says_what_was_tried(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="no such directory"):
         model_facts(source)
+
+
+def test_a_hub_that_cannot_be_reached_is_named_where_only_the_configuration_is_cached(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(LLAMA))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    nowhere = {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    script = "from agzo_edge.budget.facts import model_facts; model_facts('someone/model')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=os.environ | nowhere
+    )
+    assert "ModelError: someone/model: no such directory" in done.stderr
+    assert "could not be reached" in done.stderr
+
+
+def test_a_header_that_the_hub_s_client_cannot_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_llama(tmp_path) / "config.json"
+
+    def broken(source: str) -> None:
+        raise SafetensorsParsingError(f"{source} has no header")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(config))
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", broken)
+    with pytest.raises(ModelError, match="someone/model has no header"):
+        model_facts("someone/model")
 
 
 @pytest.mark.parametrize("name", ["tiny-novels", "stories260K", "tinystories-chat-3m"])

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import llama_facts
+from checkpoints import LLAMA, facts_by_headers, llama_facts, llama_shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agzo_edge.budget.detect import disk_bytes_for
+from agzo_edge.budget.detect import DiskRoom, disk_bytes_for
 from agzo_edge.budget.held import CPU_COLUMNS
 from agzo_edge.budget.job import DataShape, layer_bytes
 from agzo_edge.budget.memory import MemoryPlan, job_of, predicted_memory
 from agzo_edge.budget.plan import fitted_run, memory_plan, require_fits
 from agzo_edge.budget.profile import Profile, load_profile
+from agzo_edge.budget.sweep import memory_sweep
 from agzo_edge.budget.working import CPU_KEPT_KERNELS, CPU_ROWS, GUIDE_COPIES, GUIDE_PIECES, moments
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import BudgetError, ConfigError, ModelError
@@ -198,6 +199,60 @@ def test_layers_that_the_configuration_does_not_know_are_told() -> None:
     assert note.startswith(f"config.json says {FACTS.n_layers - 1} layers: of the weights' {FACTS.n_layers} ")
 
 
+def test_a_family_whose_activations_were_not_measured_is_told() -> None:
+    (note,) = memory_plan(llama_facts(model_type="bloom"), config_from({}), CPU).notes
+    assert "type 'bloom' were not measured, and the plan may be too low" in note
+
+
+def test_routed_experts_take_what_all_tokens_of_all_their_experts_do() -> None:
+    expert = {f"model.layers.0.mlp.experts.0.{name}.weight": (96, 16) for name in ("gate_proj", "up_proj", "down_proj")}
+    sizes = {"num_experts_per_tok": 4, "moe_intermediate_size": 96}
+    facts = facts_by_headers(LLAMA | sizes, llama_shapes() | expert)
+    job = job_of(facts, config_from({"batch_size": 2, "max_seq_length": 64}), CPU)
+    routed = next(moment for moment in moments(job) if moment.name == "experts")
+    assert routed.activations == 2 * 2 * 64 * (4 * 16 + 4 * (16 + 4 * 96)) * 4
+    assert not [moment for moment in moments(job_of(FACTS, config_from({}), CPU)) if moment.name == "experts"]
+
+
+def test_experts_are_fused_in_the_host_s_memory_on_their_way_to_a_gpu() -> None:
+    expert = {f"model.layers.0.mlp.experts.{n}.up_proj.weight": (24, 16) for n in range(8)}
+    with_experts, without = (
+        component(predicted_memory(facts_by_headers(LLAMA, shapes), config_from({}), GPU), "loader", "host")
+        for shapes in (llama_shapes() | expert, llama_shapes())
+    )
+    assert with_experts - without == 8 * 24 * 16 * 2
+
+
+def test_keys_and_values_out_of_a_latent_are_as_wide_as_the_queries_and_write_scores_out_on_a_cpu() -> None:
+    start = "model.layers.0.self_attn"
+    latent = {
+        f"{start}.q_proj.weight": (48, 16),
+        f"{start}.kv_a_proj.weight": (8, 16),
+        f"{start}.o_proj.weight": (16, 32),
+    }
+    config = LLAMA | {"num_hidden_layers": 1}
+    shapes = {"model.embed_tokens.weight": (50, 16), f"{start}.kv_b_proj.weight": (64, 8), **latent}
+    facts = facts_by_headers(config, shapes)
+    assert (facts.n_heads, facts.query_width, facts.kv_width) == (4, 48, 48)
+    settings = config_from({"batch_size": 2, "max_seq_length": 64, "dtype": "float32"})
+    on_cpu, on_gpu = (next(moments(job_of(facts, settings, profile))).activations for profile in (CPU, GPU))
+    assert on_cpu - on_gpu == 2 * 2 * 4 * 64**2 * 2 * 4
+
+
+def test_granite_4_s_shared_mlp_has_a_fused_gate() -> None:
+    shapes = {name: shape for name, shape in llama_shapes().items() if ".mlp." not in name}
+    for block in range(2):
+        start = f"model.layers.{block}.shared_mlp"
+        shapes |= {f"{start}.input_linear.weight": (128, 16), f"{start}.output_linear.weight": (16, 64)}
+    block_facts = facts_by_headers(LLAMA, shapes).block
+    assert (block_facts.mlp_style, block_facts.mlp_width) == ("fused gate", 64)
+
+
+def test_a_scale_of_the_logits_is_one_copy_more_as_a_divisor_is() -> None:
+    assert [llama_facts(**{name: 0.25}).divides_logits for name in ("logit_scale", "logits_scaling")] == [True, True]
+    assert not FACTS.divides_logits
+
+
 @pytest.mark.parametrize(
     ("stored_as", "settings", "flag"),
     [
@@ -224,6 +279,35 @@ def test_a_run_that_its_disk_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert plan.fits
     with pytest.raises(BudgetError, match=r"(?s)on the disk of its output directory.*bases.*another --output-dir"):
         require_fits(replace(plan, disk_limit_bytes=plan.bytes_on("disk") - 1))
+
+
+def test_what_waits_outside_memory_is_held_against_the_disk_of_the_cache_folder(tmp_path: Path) -> None:
+    config = config_from({"offload": "layers", "output_dir": str(tmp_path)})
+    room = DiskRoom(run_bytes=GIB, cache_bytes=MIB, is_one_disk=False)
+    plan = predicted_memory(WIDE, config, CPU, room=room)
+    assert (plan.disk_limit_bytes, plan.cache_limit_bytes) == (GIB, MIB)
+    with pytest.raises(
+        BudgetError, match=r"what waits outside memory in .*agzo-edge, and 1\.0 MiB are free.*XDG_CACHE_HOME"
+    ):
+        require_fits(plan)
+    on_one = predicted_memory(WIDE, config, CPU, room=DiskRoom(GIB, GIB, is_one_disk=True))
+    assert on_one.cache_limit_bytes == GIB - on_one.bytes_on("disk")
+    for fits_anywhere in (config.model_copy(update={"offload": "none"}), config.model_copy(update={"device": "cuda"})):
+        assert predicted_memory(WIDE, fits_anywhere, GPU, room=room).cache_limit_bytes is None
+
+
+def test_the_disk_is_asked_once_for_all_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def counted(directory: str) -> int:
+        asked.append(directory)
+        return GIB
+
+    monkeypatch.setattr("agzo_edge.budget.detect.disk_bytes_for", counted)
+    config = config_from({"output_dir": str(tmp_path), "on_overflow": "stream"})
+    assert len(fitted_run(WIDE, config, CPU).rungs) > 5
+    memory_sweep(WIDE, config, CPU)
+    assert asked == [str(tmp_path)] * 2
 
 
 def test_changes_are_rungs_of_the_ladder_too() -> None:
@@ -298,8 +382,19 @@ def test_a_limit_below_one_layer_is_refused_with_what_that_layer_takes() -> None
 def test_a_host_too_small_for_the_loader_is_refused_as_host() -> None:
     plan = memory_plan(WIDE, config_from({"ram_limit": "1MiB"}), GPU)
     assert not plan.fits
-    with pytest.raises(BudgetError, match="host memory"):
+    with pytest.raises(BudgetError, match="host memory") as refused:
         require_fits(plan)
+    assert "the largest layer" not in str(refused.value)
+
+
+def test_what_saves_memory_of_the_device_alone_is_no_advice_where_the_host_s_is_short() -> None:
+    config = config_from({"offload": "layers", "vram_limit": "8GiB"})
+    need = memory_plan(WIDE, config, GPU).bytes_on("host")
+    plan = memory_plan(WIDE, config.model_copy(update={"ram_limit": need - 1}), GPU)
+    assert plan.tightest == "host"
+    assert plan.changes
+    for change in plan.changes:
+        assert change.flags.split()[0] not in ("--micro-batch-size", "--mlp-chunk-tokens", "--no-fuse-signs")
 
 
 def test_target_modules_shrink_what_is_learned_and_a_wrong_name_is_refused() -> None:
@@ -329,7 +424,7 @@ def test_what_waits_outside_is_off_the_device_and_on_the_disk_or_the_host() -> N
     )
     weights = component(usual, "weights")
     assert component(cpu, "weights", "mapped") == component(gpu, "weights", "host") == weights
-    assert component(cpu, "mapped weights", "disk") == cpu.bytes_on("mapped") > weights
+    assert component(cpu, "mapped weights", "cache") == cpu.bytes_on("mapped") > weights
     assert component(gpu, "streamed") == 2 * weights // WIDE.n_layers
     assert usual.device_bytes - cpu.device_bytes > weights
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from agzo_edge.budget.profile import load_profile, profile_folder, profile_names
-from agzo_edge.config import config_from
+from agzo_edge.config import config_from, read_toml
 from agzo_edge.errors import ConfigError
 from agzo_edge.units import GIB
 
@@ -85,6 +85,9 @@ def test_a_file_can_be_given_by_its_path(tmp_path: Path) -> None:
         ('unified_memory = true\nhost_memory = "8GiB"', "leave host_memory out"),
         ("[settings]\nbatchsize = 4", "did you mean batch_size"),
         ("[settings]\nbatch_size = 0", "batch_size"),
+        (f'host_memory = "{"9" * 400}GiB"', "more memory than any machine has"),
+        (f"host_memory = {10**400}", "less than"),
+        (f"[settings]\nrank = {'[' * 100_000}", "TOML"),
         ("not toml", "TOML"),
     ],
 )
@@ -107,6 +110,19 @@ def test_a_reserve_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     file.write_text(GOOD.replace('"1GiB"', '"8GiB"'))
     with pytest.raises(ConfigError, match="leave nothing"):
         load_profile(str(file))
+
+
+@pytest.mark.parametrize("path", ["a" * 300 + ".toml", "~nobody-of-this-name/x.toml", "a\0b.toml"])
+def test_a_path_that_can_be_none_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        load_profile(path)
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "deep.toml"
+    file.write_text(f"rank = {'[' * 100_000}")
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        read_toml(file)
 
 
 def test_a_missing_file_is_named() -> None:

@@ -6,9 +6,15 @@ import sys
 import psutil
 import pytest
 import torch
+from helpers import tiny_checkpoint
 
-from agzo_edge.errors import BudgetBrokenError
+from agzo_edge.budget.facts import model_facts
+from agzo_edge.budget.plan import memory_plan
+from agzo_edge.budget.profile import load_profile
+from agzo_edge.config import config_from
+from agzo_edge.errors import BudgetBrokenError, BudgetError
 from agzo_edge.model import memory
+from agzo_edge.model.load import refused_as_model
 from agzo_edge.model.memory import (
     PeakMeter,
     anonymous_bytes,
@@ -17,6 +23,9 @@ from agzo_edge.model.memory import (
     expect_outside_torch,
     free_bytes,
     give_back,
+    is_out_of_memory,
+    refused_as_budget,
+    total_bytes,
 )
 from agzo_edge.units import GIB, MIB
 
@@ -63,6 +72,35 @@ def test_other_errors_pass_a_cap_as_they_are() -> None:
 def test_what_is_free_is_no_more_than_there_is() -> None:
     give_back(CPU)
     assert 0 < free_bytes(CPU) <= psutil.virtual_memory().total
+
+
+def test_of_a_container_s_host_there_is_what_the_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agzo_edge.budget.detect.cgroup_memory", lambda: [(GIB, 0)])
+    assert total_bytes(CPU) == GIB
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+)
+def test_what_a_failed_allocation_raises_is_told_from_other_errors(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_an_allocation_that_fails_while_loading_is_a_refusal_with_the_numbers() -> None:
+    plan = memory_plan(model_facts(tiny_checkpoint("llama")), config_from({"ram_limit": "2GiB"}), load_profile("cpu"))
+    with (
+        pytest.raises(BudgetError, match=r"within 2\.00 GiB, of which .* were planned.*Lower --vram-limit"),
+        refused_as_budget(plan),
+        refused_as_model("a model", "cannot be loaded"),
+    ):
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), refused_as_budget(plan):
+        torch.ones(2, 3) @ torch.ones(2, 3)
 
 
 HOLES = """

@@ -7,7 +7,7 @@ from agzo_edge.budget.detect import cpu_profile
 from agzo_edge.budget.profile import load_profile
 from agzo_edge.config import config_from
 from agzo_edge.errors import ConfigError
-from agzo_edge.model.setup import gpu_setup, require_usable_device
+from agzo_edge.model.setup import gpu_setup, on_planned_device, require_usable_device
 
 NVIDIA_SMI = "#!/bin/sh\necho 'NVIDIA GeForce GTX 1650, 4096, 4000, 7.5, 390.10'\n"
 
@@ -42,6 +42,37 @@ def test_a_card_that_torch_cannot_use_is_refused_with_the_reason(
     expected = "390.10" if torch.version.cuda else "install torch's CUDA build"
     with pytest.raises(ConfigError, match=f"--device cpu computes without it(.|\n)*{expected}"):
         require_usable_device(config_from({}), load_profile("gtx-1650-4gb"))
+
+
+@pytest.mark.parametrize(
+    ("profile", "settings", "device"),
+    [
+        ("cpu", {}, "cpu"),
+        ("rtx-3060-12gb", {}, "cuda"),
+        ("rtx-3060-12gb", {"device": "cuda"}, "cuda"),
+        ("rtx-3060-12gb", {"device": "cpu"}, "cpu"),
+    ],
+)
+def test_a_run_is_loaded_on_the_device_that_its_plan_is_for(
+    profile: str, settings: dict[str, str], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = config_from(settings, {"profile": profile})
+    assert on_planned_device(config, load_profile(profile)).device == device
+
+
+def test_a_card_whose_memory_nobody_tells_is_not_taken_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    with pytest.raises(ConfigError, match=r"torch sees a card, and no driver tells its memory.*--device cpu"):
+        on_planned_device(config_from({}), cpu_profile())
+    assert on_planned_device(config_from({"device": "cpu"}), cpu_profile()).device == "cpu"
+
+
+def test_a_gpu_s_plan_is_not_carried_out_on_a_machine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"'rtx-3060-12gb' is a GPU's.*--profile auto"):
+        on_planned_device(config_from({}), load_profile("rtx-3060-12gb"))
 
 
 @pytest.mark.gpu

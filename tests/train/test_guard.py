@@ -113,6 +113,15 @@ def test_memory_that_others_take_moves_the_run_down_and_memory_that_comes_back_u
     assert "are free for it again" in guard.take_moves()[0]
 
 
+def test_how_wrong_a_plan_has_been_is_remembered_on_other_rungs() -> None:
+    guard = guard_of(room=500 * MIB, planned=(40, 30, 20))
+    assert guard.run(lambda config: takes(config, mib_of={8: 200})) == 8
+    guard._spare_bytes = 2**60  # as if others had taken everything
+    assert guard.run(lambda config: takes(config, mib_of={2: 10})) == 2
+    between = guard.rungs[1].plan.device_bytes
+    assert guard._need(1) > between + 50 * MIB
+
+
 def test_other_errors_come_out_as_they_are_and_move_nothing() -> None:
     guard = guard_of()
     with pytest.raises(ValueError, match="mine"):

@@ -159,5 +159,5 @@ def test_the_plan_counts_the_keys_and_values_of_both_signs() -> None:
         {moment.cache for moment in moments(job_of(facts, run_config(**settings, **more), profile))}
         for more in ({}, reward)
     ]
-    entries = 2 * 8 * 128 * facts.n_kv_heads * facts.head_dim * 2  # rows, tokens, width, keys and values
+    entries = 2 * 8 * 128 * facts.kv_width * 2  # rows, tokens, width, keys and values
     assert caches == [{0}, {0, entries * (facts.n_layers + 1) * 4}]
