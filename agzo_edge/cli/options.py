@@ -5,6 +5,7 @@ default is None, not given: which default holds is decided where the sources of 
 """
 
 import inspect
+import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -12,6 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from agzo_edge.config import Bytes, RunConfig
+from agzo_edge.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -56,15 +58,17 @@ def panel_of(name: str) -> str:
 def flag(name: str, field: FieldInfo) -> inspect.Parameter:
     """The flag of a field, as a parameter that typer reads."""
     kind, metavar = _kind_of(field.annotation)
-    option = typer.Option(help=_help_of(field), metavar=metavar, rich_help_panel=panel_of(name), show_default=False)
+    option = typer.Option(
+        help=_help_of(name, field), metavar=metavar, rich_help_panel=panel_of(name), show_default=False
+    )
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]  # a value, no type
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def given(settings: Mapping[str, object]) -> dict[str, Any]:
-    """The settings whose flags were given, with lists of names taken apart at their commas."""
+    """The settings whose flags were given, with lists taken apart. Raises UsageError for a list that cannot be read."""
     return {
-        name: _names(value) if isinstance(value, str) and _is_names(name) else value
+        name: _pieces(name, value) if isinstance(value, str) and _is_list(name) else value
         for name, value in settings.items()
         if value is not None
     }
@@ -78,8 +82,14 @@ def as_flags(settings: Mapping[str, object]) -> list[str]:
         if isinstance(value, bool):
             words.append(spelled if value else "--no-" + spelled[2:])
         elif value is not None:
-            words += [spelled, ",".join(value) if isinstance(value, tuple) else str(value)]
+            words += [spelled, _joined(value) if isinstance(value, tuple) else str(value)]
     return words
+
+
+def _joined(pieces: tuple[str, ...]) -> str:
+    """The text that `given` takes apart into `pieces` again."""
+    text = ",".join(pieces)
+    return json.dumps(pieces) if text.startswith("[") or any("," in piece for piece in pieces) else text
 
 
 def _kind_of(annotation: Any) -> tuple[Any, str | None]:
@@ -108,9 +118,12 @@ def _word(kind: Any) -> str:
     return "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else str(kind.__name__).upper()
 
 
-def _help_of(field: FieldInfo) -> str:
-    """The description, with the default and the range where there are any."""
+def _help_of(name: str, field: FieldInfo) -> str:
+    """The description, with how a list is written, and the default and the range where there are any."""
     notes = [", ".join(map(str, get_args(field.annotation)))] if get_origin(field.annotation) is Literal else []
+    notes += (
+        ["each exactly as between the commas, or as a JSON list"] if _is_list(name) and name != "target_modules" else []
+    )
     notes += [] if field.default is None else [f"default: {_spelled(field.default)}"]
     limits = ((word, getattr(limit, bound, None)) for limit in field.metadata for bound, word in _LIMITS.items())
     span = " ".join(word.format(_spelled(limit)) for word, limit in limits if limit is not None)
@@ -126,9 +139,18 @@ def _spelled(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _is_names(name: str) -> bool:
+def _is_list(name: str) -> bool:
     return name in RunConfig.model_fields and _kind_of(RunConfig.model_fields[name].annotation)[1] == "NAME,NAME"
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _pieces(name: str, text: str) -> tuple[str, ...]:
+    """What a list holds: an option keeps the space that it begins with, the name of a layer has none."""
+    if name == "target_modules":
+        return tuple(piece.strip() for piece in text.split(",") if piece.strip())
+    if not text.startswith("["):
+        return tuple(text.split(","))
+    try:
+        pieces = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--{name} {text}: begins as a JSON list and is none: {error}") from None
+    return tuple(map(str, pieces))
