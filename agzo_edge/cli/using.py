@@ -1,7 +1,6 @@
 """`generate`, `chat` and `eval`: a model with its adapter at work."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -10,7 +9,7 @@ from agzo_edge.cli.consoles import say, stdout_console, write_json
 from agzo_edge.cli.flags import Adapter, AsJson, MaxNewTokens, Prompt, Seed, Temperature, TopP
 from agzo_edge.cli.options import given, with_settings
 from agzo_edge.cli.screen import metrics_table, samples_table
-from agzo_edge.config import Sampling, sampling_from
+from agzo_edge.config import sampling_from
 from agzo_edge.errors import ModelError, UsageError
 
 
@@ -27,28 +26,25 @@ def generate(
     **settings: object,
 ) -> None:
     """Write text with a model and its adapter."""
+    from agzo_edge import api
+    from agzo_edge.cli.quiet import hide_loading_bars
+
     if compare and adapter is None:
         raise UsageError("--compare answers without and with an adapter: give one with --adapter DIR")
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     sampling = sampling_from(
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     )
-    before = _answer(text, None, sampling, given(settings)) if compare else None
-    after = _answer(text, adapter, sampling, given(settings))
+    hide_loading_bars()
+    model = api.load(adapter=adapter, **given(settings))
+    before = model.generate(text, sampling=sampling, with_adapter=False) if compare else None
+    after = model.generate(text, sampling=sampling)
     if as_json:
         write_json({"prompt": text, "text": after} | ({} if before is None else {"without_adapter": before}))
     elif before is not None:
         stdout_console().print(samples_table([{"prompt": text, "before": before, "after": after}]))
     else:
         say(after)
-
-
-def _answer(prompt: str, adapter: str | None, sampling: Sampling, settings: Mapping[str, Any]) -> str:
-    from agzo_edge import api
-    from agzo_edge.cli.quiet import hide_loading_bars
-
-    hide_loading_bars()
-    return api.load(adapter=adapter, **settings).generate(prompt, sampling=sampling)
 
 
 @with_settings("Model", "Memory")

@@ -20,7 +20,14 @@ class TextModel:
     def __init__(self, model: EdgeModel) -> None:
         self.model = model
 
-    def generate(self, prompt: str | Sequence[Message], *, sampling: Sampling | None = None, **settings: Any) -> str:
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        sampling: Sampling | None = None,
+        with_adapter: bool = True,  # False: the model as it was
+        **settings: Any,
+    ) -> str:
         """The text that follows `prompt`: plain text, or a conversation for the tokenizer's chat template.
 
         A model with a chat template answers a plain prompt as a user's message. `settings` are fields of Sampling,
@@ -31,11 +38,11 @@ class TextModel:
         ids = self._prompt_ids(prompt)
         sampling = self._within_positions(ids.shape[1], sampling)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        mask = torch.ones_like(ids)
+        passes = self.model.context.running(mask=mask.bool(), base_only=not with_adapter)
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), passes:
             torch.manual_seed(sampling.seed)  # transformers samples from the global generator only
-            output = self.model.network.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), **self._settings(sampling)
-            )
+            output = self.model.network.generate(input_ids=ids, attention_mask=mask, **self._settings(sampling))
         text: str = self.model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         return text.strip()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import tiny_checkpoint
 from rich.console import Console
 
 from agzo_edge.cli import main
@@ -52,6 +53,22 @@ def test_what_train_prints_last_writes_text_and_its_run_can_be_reported_and_repl
 
     assert run(["eval", "--adapter", "again", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] > 0
+
+
+def test_compare_answers_first_with_the_adapters_own_base_as_the_run_held_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_checkpoint("llama"))
+    data = tmp_path / "lines.jsonl"
+    data.write_text('{"text": "one line"}\n{"text": "another line"}\n')
+    flags = ("--model", model, "--data", str(data), "--no-load-in-4bit", "--max-seq-length", "48")
+    assert run(["train", *FEW_STEPS, *flags, "--output-dir", str(tmp_path / "run")]) == 0
+    say = ("--prompt", "one", "--max-new-tokens", "8", "--json")
+    capsys.readouterr()
+    assert run(["generate", "--model", model, "--no-load-in-4bit", *say]) == 0
+    alone = json.loads(capsys.readouterr().out)["text"]
+    assert run(["generate", "--adapter", str(tmp_path / "run"), "--compare", *say]) == 0
+    assert json.loads(capsys.readouterr().out)["without_adapter"] == alone
 
 
 class Echo:
