@@ -137,27 +137,30 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
 
     config = _of_use(adapter, {"model": model, **settings}).model_copy(update={"batch_size": 1, "micro_batch_size": 1})
     facts = model_facts(str(config.model))
-    return TextModel(loaded_model(facts, config, None if adapter is None else Path(adapter)))
+    loaded, _ = loaded_model(facts, config, None if adapter is None else Path(adapter))
+    return TextModel(loaded)
 
 
 def evaluate(
     model: str | None = None, data: str | None = None, *, adapter: str | Path | None = None, **settings: Any
 ) -> "Metrics":
-    """Loss and perplexity, or accuracy, of a model with its adapter on `data`.
+    """Loss and perplexity, or accuracy, of a model with its adapter on `data`, inside the memory budget.
 
     The adapter of a run is scored by that run's objective, its rows made by its settings, unless `settings` name one.
     """
+    from agzo_edge.evaluations import examples_at_once
     from agzo_edge.loading import loaded_model
     from agzo_edge.train.evaluate import evaluate as evaluated
     from agzo_edge.train.examples import load_examples
     from agzo_edge.train.goal import goal_of
+    from agzo_edge.train.guard import Guard
     from agzo_edge.train.reward import refused_as_data
 
     config = _of_use(adapter, {"model": model, "data": data, **settings}, data_too=True)
     if config.data is None and config.eval_data is None:
         raise ConfigError("there is nothing to evaluate on: name a file with --data")
     facts = model_facts(str(config.model))
-    loaded = loaded_model(facts, config, None if adapter is None else Path(adapter))
+    loaded, rungs = loaded_model(facts, config, None if adapter is None else Path(adapter))
     examples = load_examples(
         str(config.eval_data or config.data),
         loaded.tokenizer,
@@ -166,9 +169,12 @@ def evaluate(
         facts=facts,
     )
     loaded.require_positions(examples.report.longest_tokens + config.written_tokens)
-    objective, batch_size = config.objective, config.batch_size
     with closing(goal_of(config)) as goal, refused_as_data():
-        return evaluated(loaded, examples.examples, objective=objective, batch_size=batch_size, goal=goal)
+        return Guard(loaded, rungs).run(
+            lambda fitted: evaluated(
+                loaded, examples.examples, objective=config.objective, batch_size=examples_at_once(fitted), goal=goal
+            )
+        )
 
 
 def _of_use(adapter: str | Path | None, settings: Mapping[str, Any], *, data_too: bool = False) -> RunConfig:

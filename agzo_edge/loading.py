@@ -1,12 +1,12 @@
 """A model to be used: with an adapter, on the base that it was trained on and as that was held, inside its budget."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import ModelFacts
-from agzo_edge.budget.plan import fitted_run
+from agzo_edge.budget.plan import Rung, fitted_run
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import AdapterError
 from agzo_edge.model.branch import set_learned
@@ -59,8 +59,11 @@ def settings_of_run(adapter: Path, given: Mapping[str, Any], *, data_too: bool) 
     return taken
 
 
-def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> EdgeModel:
-    """The model of `config` and `facts`, with an adapter on it. Raises BudgetError, AdapterError and ModelError."""
+def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> tuple[EdgeModel, Sequence[Rung]]:
+    """The model of `config` and `facts`, with an adapter on it, and the ways to work with it inside its budget.
+
+    Raises BudgetError, AdapterError and ModelError.
+    """
     changes = {} if adapter is None else load_changes(adapter)
     config = on_adapters_layers(config.model_copy(update={"guide": "none", "target_modules": None}), changes, facts)
     machine = machine_profile(config.profile)
@@ -68,4 +71,4 @@ def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> 
     fitted = fitted_run(facts, config, machine)
     loaded = load_model(str(config.model), fitted.config, trains=False)
     set_learned(loaded.branches, changes)
-    return loaded
+    return loaded, fitted.rungs
