@@ -3,7 +3,6 @@
 A setting is a keyword argument with the name of a field of `RunConfig`; config.py tells them all.
 """
 
-import json
 from collections.abc import Callable, Container, Mapping
 from contextlib import closing
 from itertools import count, takewhile
@@ -17,7 +16,8 @@ from agzo_edge.budget.plan import fitted_run, memory_plan
 from agzo_edge.budget.sweep import Sweep, memory_sweep
 from agzo_edge.config import RunConfig, config_from, read_toml
 from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME, demo_settings
-from agzo_edge.errors import ConfigError
+from agzo_edge.errors import ConfigError, ModelError
+from agzo_edge.paths import expanded
 
 if TYPE_CHECKING:  # these load torch, which planning does without
     from agzo_edge.events import Event, Run
@@ -135,9 +135,9 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
     from agzo_edge.loading import loaded_model
     from agzo_edge.serve.generate import TextModel
 
-    config = _of_use(adapter, {"model": model, **settings}).model_copy(update={"batch_size": 1, "micro_batch_size": 1})
-    facts = model_facts(str(config.model))
-    loaded, _ = loaded_model(facts, config, None if adapter is None else Path(adapter))
+    path = None if adapter is None else _path(adapter)
+    config = _of_use(path, {"model": model, **settings}).model_copy(update={"batch_size": 1, "micro_batch_size": 1})
+    loaded, _ = loaded_model(model_facts(str(config.model)), config, path)
     return TextModel(loaded)
 
 
@@ -156,11 +156,12 @@ def evaluate(
     from agzo_edge.train.guard import Guard
     from agzo_edge.train.reward import refused_as_data
 
-    config = _of_use(adapter, {"model": model, "data": data, **settings}, data_too=True)
+    path = None if adapter is None else _path(adapter)
+    config = _of_use(path, {"model": model, "data": data, **settings}, data_too=True)
     if config.data is None and config.eval_data is None:
         raise ConfigError("there is nothing to evaluate on: name a file with --data")
     facts = model_facts(str(config.model))
-    loaded, rungs = loaded_model(facts, config, None if adapter is None else Path(adapter))
+    loaded, rungs = loaded_model(facts, config, path)
     examples = load_examples(
         str(config.eval_data or config.data),
         loaded.tokenizer,
@@ -177,15 +178,21 @@ def evaluate(
         )
 
 
-def _of_use(adapter: str | Path | None, settings: Mapping[str, Any], *, data_too: bool = False) -> RunConfig:
+def _of_use(adapter: Path | None, settings: Mapping[str, Any], *, data_too: bool = False) -> RunConfig:
     """The settings to use a model by: with an adapter, its run's below the given ones."""
     from agzo_edge.loading import base_of, settings_of_run
 
     if adapter is None:
         return resolve(settings)
-    base = base_of(Path(adapter))
-    of_run = settings_of_run(Path(adapter), settings, data_too=data_too)
-    return resolve({**settings, "model": settings["model"] or base}, of_run=of_run)
+    base = base_of(adapter)
+    model = settings["model"] or base
+    if model is None:
+        raise ModelError(f"{adapter}: names no base model: give its directory or hub id with --model")
+    return resolve({**settings, "model": model}, of_run=settings_of_run(adapter, settings, data_too=data_too))
+
+
+def _path(name: str | Path) -> Path:
+    return Path(expanded(str(name)))
 
 
 def replay(
@@ -204,8 +211,8 @@ def replay(
     from agzo_edge.record.replay_file import load_replay
     from agzo_edge.rundir import read_run, require_unused, save_result
 
-    source = Path(run)
-    target = Path(output) if output else (source.with_suffix("") if source.is_file() else source) / "replayed"
+    source = _path(run)
+    target = _path(output) if output else (source.with_suffix("") if source.is_file() else source) / "replayed"
     require_unused(target)
     if source.is_file():
         kept = load_replay(source)
@@ -227,33 +234,23 @@ def export(adapter: str | Path, *, to: str, output: str | Path, model: str | Non
     from agzo_edge.record.replay_file import save_replay
     from agzo_edge.serve.export import export_adapter
 
+    source, target = _path(adapter), _path(output)
     if to != "replay":
-        return export_adapter(Path(adapter), to=to, output=Path(output), model_source=model, **settings)
-    if Path(output).exists():
-        raise ConfigError(f"{output} exists: name a new file")
-    save_replay(Path(output), replay_file_of(Path(adapter)))
-    return Path(output)
+        return export_adapter(source, to=to, output=target, model_source=model and expanded(model), **settings)
+    if target.exists():
+        raise ConfigError(f"{target} exists: name a new file")
+    save_replay(target, replay_file_of(source))
+    return target
 
 
 def report(run_dir: str | Path) -> dict[str, Any]:
-    """What a run cost and gave: report.json of a finished run, the journal's account of an interrupted one."""
-    from agzo_edge.rundir import REPORT_NAME, read_run
+    """What a run cost and gave: report.json of a finished run, the journal's account of an interrupted one.
 
-    directory = Path(run_dir)
-    if (directory / REPORT_NAME).is_file():
-        finished: dict[str, Any] = json.loads((directory / REPORT_NAME).read_text(encoding="utf-8"))
-        return finished
-    journal = read_run(directory)
-    return {
-        "model": journal.header["config"]["model"],
-        "finished": False,
-        "steps": len(journal.records),
-        "max_steps": journal.header["config"]["max_steps"],
-        "wall_s": round(sum(record["wall_s"] for record in journal.records), 3),
-        "tokens": sum(record["tokens"] for record in journal.records),
-        "measured_peak_bytes": max((record["peak_bytes"] for record in journal.records), default=None),
-        "last_loss": journal.records[-1]["loss"] if journal.records else None,
-    }
+    Raises AdapterError for a directory that holds no run, or a damaged one.
+    """
+    from agzo_edge.run_report import run_report
+
+    return run_report(_path(run_dir))
 
 
 def doctor() -> dict[str, Any]:

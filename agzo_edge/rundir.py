@@ -210,6 +210,12 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
     atomic_write_text(directory / REPORT_NAME, json.dumps(report, indent=2) + "\n")
 
 
+def withdraw_report(directory: Path) -> None:
+    """Remove report.json, of a finished run that is now made longer."""
+    with writing(directory):
+        (directory / REPORT_NAME).unlink(missing_ok=True)
+
+
 def keep_evaluations(directory: Path, evaluations: Mapping[int, Metrics], *, data_sha256: str) -> None:
     """Leave what every evaluation on some data found, so that a resumed run still knows where it came from."""
     found = {str(step): metrics.as_json() for step, metrics in sorted(evaluations.items())}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import agzo_edge
 from agzo_edge.cli.run import exit_code_of
+from agzo_edge.config import config_from
 from agzo_edge.errors import AgzoError, ConfigError
 
 QUICK = ("--device", "cpu", "--max-steps", "2", "--batch-size", "2", "--max-seq-length", "48")
@@ -446,10 +447,25 @@ def test_what_is_missing_is_named(bench: Bench) -> None:
         ('rank = "x"\neval_steps = -1\n', ("rank", "eval_steps")),
         ("rank = \n", ("run.toml", "cannot be read as TOML", "line 1")),
         ("rank = 3\n[method]\nrank = 4\n", ("run.toml", "set twice: rank")),
+        ('preset = ["fast"]\n', ("preset ['fast'] does not exist",)),
+        ("target_modules = 5\n", ("target_modules: 5 given",)),
     ],
 )
 def test_a_file_of_settings_that_cannot_be_used(bench: Bench, content: str, named: tuple[str, ...]) -> None:
     bench.refused(bench.train("--config", bench.file("run.toml", content)), *named)
+
+
+@pytest.mark.parametrize("name", ["model", "adapter", "data", "eval_data", "output_dir"])
+def test_a_home_is_found_wherever_a_path_is_given(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert getattr(config_from({name: "~/notes"}), name) == str(tmp_path / "notes")
+    with pytest.raises(ConfigError, match="nobody has this home"):
+        config_from({name: "~nosuchuser/notes"})
+
+
+@pytest.mark.parametrize("flag", ["--model", "--adapter", "--profile"])
+def test_the_home_of_nobody(bench: Bench, flag: str) -> None:
+    bench.refused(["generate", "--prompt", "one", flag, "~nosuchuser/x"], "~nosuchuser/x", "home")
 
 
 def test_a_file_of_settings_that_is_not_there(bench: Bench) -> None:
@@ -462,8 +478,6 @@ def test_a_profile_with_an_unknown_field(bench: Bench) -> None:
 
 
 def test_a_later_source_says_the_width() -> None:
-    from agzo_edge.config import config_from
-
     assert not config_from({"load_in_8bit": True}, {"load_in_4bit": True}).load_in_8bit
     assert not config_from({"load_in_4bit": True}, {"load_in_8bit": True}).load_in_4bit
 
@@ -537,6 +551,12 @@ def test_a_run_that_another_process_began_meanwhile_is_left_alone(bench: Bench) 
 )
 def test_a_directory_that_holds_no_run(bench: Bench, arguments: list[str]) -> None:
     bench.refused([argument.format(bench.root) for argument in arguments], bench.root, "no ")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"finished": true, "evaluations": [1], "samples": []}'])
+def test_a_report_that_is_damaged_or_not_a_runs(bench: Bench, content: str) -> None:
+    bench.file("report.json", content)
+    bench.refused(["report", str(bench.root)], "report.json")
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "generate"])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import agzo_edge
 from agzo_edge import demo
 from agzo_edge.config import RunConfig, config_from
-from agzo_edge.errors import AdapterError, BudgetBrokenError, BudgetError, ConfigError
+from agzo_edge.errors import AdapterError, BudgetBrokenError, BudgetError, ConfigError, ModelError
 from agzo_edge.events import Evaluated, Event, Finished, Moved, Planned, Saved, Stepped, WentBack
 from agzo_edge.record.journal import JournalWriter, read_journal
 from agzo_edge.session import training
@@ -203,6 +203,26 @@ def test_an_adapter_is_used_on_its_base_as_it_was_held_and_scored_by_its_runs_ob
     assert agzo_edge.evaluate(data=str(text), adapter=tmp_path / "run", objective="lm").accuracy is None
 
 
+def test_an_adapter_finds_the_base_that_its_run_named_from_another_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(demo.MODEL_DIR, tmp_path / "models" / "tiny")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trained(Path("run"), model="models/tiny", max_steps=1)
+    assert "base_model:" not in (tmp_path / "run" / "README.md").read_text(), "a directory is no hub id"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert agzo_edge.load(adapter=Path("../run")).model.source == str(tmp_path / "models" / "tiny")
+
+
+def test_an_adapter_without_a_base_is_not_put_on_the_demos_model(whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    config = tmp_path / "run" / "adapter_config.json"
+    config.write_text(config.read_text().replace(json.dumps(str(demo.MODEL_DIR)), '""'))
+    with pytest.raises(ModelError, match="names no base model"):
+        agzo_edge.load(adapter=tmp_path / "run")
+
+
 def test_an_adapter_does_not_say_what_code_is_run(whole_run: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(whole_run, run_dir)
@@ -274,6 +294,15 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(whole_run: Path, t
     resumed = trained(run_dir, resume=True)
     assert sum(isinstance(event, Stepped) for event in resumed) <= STEPS - begun
     assert adapter_of(run_dir) == adapter_of(whole_run)
+
+
+def test_a_run_made_longer_and_stopped_is_not_reported_as_finished(tmp_path: Path) -> None:
+    trained(tmp_path / "run", max_steps=2)
+    assert agzo_edge.report(tmp_path / "run")["finished"]
+    events = training(config_of(tmp_path / "run", max_steps=6), resume=True)
+    next(event for event in events if isinstance(event, Stepped))
+    events.close()
+    assert not agzo_edge.report(tmp_path / "run")["finished"]
 
 
 def test_a_run_can_be_made_longer(whole_run: Path, tmp_path: Path) -> None:

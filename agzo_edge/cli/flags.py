@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from agzo_edge.config import PRESETS
+from agzo_edge.presets import PRESETS
 
 ConfigFile = Annotated[
     Path | None,

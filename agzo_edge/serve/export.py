@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from agzo_edge.errors import ConfigError, ModelError, numbered
+from agzo_edge.paths import lasting
 from agzo_edge.record.adapter import (
     CARD_NAME,
     CONFIG_NAME,
@@ -90,7 +91,7 @@ def _write_peft(
     dtype: str,
 ) -> None:
     """Leave the adapter in PEFT's layout with its card and tokenizer; no journal, bases or checkpoints."""
-    base = base_model or str(facts.get("base_model_name_or_path") or "")
+    base = lasting(base_model or str(facts.get("base_model_name_or_path") or ""))
     card = adapter / CARD_NAME
     save_adapter(
         directory,

@@ -115,6 +115,16 @@ def test_a_shown_profile_is_its_file(capsys: pytest.CaptureFixture[str]) -> None
     assert run(capsys, "profiles", "show", "rtx-3060-12gb")[1] == file.read_text(encoding="utf-8")
 
 
+def test_a_profile_of_ones_own_is_shown_by_its_path(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shipped = Path(__file__).resolve().parents[2] / "profiles" / "rtx-3060-12gb.toml"
+    own = tmp_path / "my.toml"
+    own.write_bytes(shipped.read_bytes())
+    assert run(capsys, "profiles", "show", str(own))[1] == shipped.read_text(encoding="utf-8")
+    code, _, err = run(capsys, "profiles", "show", str(tmp_path / "none.toml"))
+    assert code == 2
+    assert "no such file" in err
+
+
 def test_signal_handlers_come_back_after_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run(capsys, "profiles")
