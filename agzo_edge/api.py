@@ -36,19 +36,27 @@ def resolve(
 ) -> RunConfig:
     """The run that `settings` describe: built-in < preset < profile < those `of_run` < file < `settings`.
 
-    Without a model it is the embedded demo, in a directory of its own, or its last one to `resume`.
-    Raises ConfigError with every fault.
+    To `resume` is to take the settings of the run in the output directory for those `of_run`. Without a model it is
+    the embedded demo, in a directory of its own, or its last one to resume. Raises ConfigError with every fault,
+    AdapterError for a run that was rewarded by code which `settings` do not name.
     """
     in_file = read_toml(Path(config_file)) if config_file else {}
     in_file_preset = in_file.pop("preset", "default")
     preset = preset or in_file_preset
     given = in_file | {name: value for name, value in settings.items() if value is not None}
-    if given.get("model") is None and given.get("data") is not None:
+    taken = dict(of_run or {})
+    is_demo = given.get("model") in (None, str(MODEL_DIR)) and given.get("data") is None
+    directory = given.get("output_dir") or (_demo_directory(resume=resume) if is_demo else None)
+    if resume and directory:
+        from agzo_edge.loading import settings_to_resume  # loads torch
+
+        taken |= settings_to_resume(_path(directory), given)
+    if given.get("data") is not None and (taken | given).get("model") is None:
         raise ConfigError("data is given and no model: name one with --model, or give neither for the demo")
-    if given.get("model") in (None, str(MODEL_DIR)) and given.get("data") is None:
-        in_file = demo_settings() | {"output_dir": _demo_directory(resume=resume)} | in_file
-    machine = machine_profile(str(given.get("profile", "auto")))
-    return config_from(machine.settings, of_run or {}, in_file, settings, preset=preset)
+    if is_demo:
+        taken = demo_settings() | {"output_dir": directory} | taken
+    machine = machine_profile(str((taken | given).get("profile", "auto")))
+    return config_from(machine.settings, taken, in_file, settings, preset=preset)
 
 
 def _demo_directory(*, resume: bool) -> str:

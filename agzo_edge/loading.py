@@ -1,5 +1,6 @@
 """A model to be used: with an adapter, on the base that it was trained on and as that was held, inside its budget."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.setup import require_usable_device
 from agzo_edge.preparation import on_adapters_layers
 from agzo_edge.record.adapter import base_model_of
-from agzo_edge.rundir import is_unfinished, load_changes, settings_in
+from agzo_edge.rundir import JOURNAL_NAME, is_unfinished, load_changes, settings_in
 
 # Settings by which a run holds its base, and those by which it makes rows and scores them.
 _OF_BASE = ("load_in_4bit", "load_in_8bit", "quant_type", "double_quant")
@@ -31,7 +32,7 @@ def base_of(adapter: Path) -> str | None:
     if is_unfinished(adapter):
         raise AdapterError(
             f"{adapter}: the run has not ended: go on with it by `train --resume-from-checkpoint`, or make the adapter "
-            f"of its steps so far with `agzo-edge replay {adapter}`"
+            f"of its steps so far with `agzo-edge replay {shlex.quote(str(adapter))}`"
         )
     return base_model_of(adapter)
 
@@ -50,13 +51,31 @@ def settings_of_run(adapter: Path, given: Mapping[str, Any], *, data_too: bool) 
     if data_too and "objective" not in given:
         names |= {*_OF_ROWS} - ({"labels"} if "options" in given else set())
     taken = {name: value for name, value in settings.items() if name in names}
+    _refuse_unnamed_code(adapter, taken, given)
+    return taken
+
+
+def settings_to_resume(directory: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of the run in `directory`; nothing where there is none. What lets code run must be `given` again.
+
+    Raises AdapterError where the run was rewarded by Python code that is not named.
+    """
+    if not (directory / JOURNAL_NAME).is_file():
+        return {}
+    unsettled = {"output_dir", "trust_remote_code"}  # the directory may have been moved
+    settings = {name: value for name, value in settings_in(directory).items() if name not in unsettled}
+    _refuse_unnamed_code(directory, settings, given)
+    return settings
+
+
+def _refuse_unnamed_code(place: Path, taken: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise AdapterError where `taken` settings, which may be anybody's, would run Python code as a reward."""
     reward = taken.get("reward")
     if isinstance(reward, str) and ":" in reward and "reward" not in given:
         raise AdapterError(
-            f"{adapter}: its run was rewarded by {reward}, code that is run only when you name it: --objective reward "
-            f"--reward {reward}"
+            f"{place}: its run was rewarded by {reward}, code that is run only when you name it: --objective reward "
+            f"--reward {shlex.quote(reward)}"
         )
-    return taken
 
 
 def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> tuple[EdgeModel, Sequence[Rung]]:

@@ -47,7 +47,7 @@ STATE_NAME = "learner_state.safetensors"
 _FREE_TO_CHANGE = {
     "output_dir", "profile", "device", "vram_limit", "ram_limit", "on_overflow", "eval_data", "eval_steps",
     "save_steps", "report_to", "max_steps", "model", "data", "metric_for_best_model", "early_stopping_patience",
-    "micro_batch_size", "fuse_signs", "mlp_chunk_tokens", "logits_chunk", "offload",
+    "micro_batch_size", "fuse_signs", "mlp_chunk_tokens", "logits_chunk", "offload", "reward_timeout_s",
 }  # fmt: skip
 
 _MUST_BE_THE_SAME = {

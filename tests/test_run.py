@@ -235,6 +235,8 @@ def test_an_adapter_does_not_say_what_code_is_run(whole_run: Path, tmp_path: Pat
     data.write_text('{"prompt": "touch ' + str(tmp_path / "ran") + '"}\n')
     with pytest.raises(AdapterError, match="os:system, code that is run only when you name it"):
         agzo_edge.evaluate(data=str(data), adapter=run_dir)
+    with pytest.raises(AdapterError, match="os:system, code that is run only when you name it"):
+        agzo_edge.finetune(output_dir=str(run_dir), resume=True)
     assert not (tmp_path / "ran").exists()
     (run_dir / "journal.jsonl").write_bytes(b"damaged\n")  # the adapter itself is sound
     assert agzo_edge.load(adapter=run_dir).model.quantization == "nf4"
@@ -307,7 +309,7 @@ def test_a_run_made_longer_and_stopped_is_not_reported_as_finished(tmp_path: Pat
 
 def test_a_run_can_be_made_longer(whole_run: Path, tmp_path: Path) -> None:
     trained(tmp_path / "run", max_steps=5)
-    trained(tmp_path / "run", resume=True)
+    trained(tmp_path / "run", resume=True, reward_timeout_s=3.0)
     assert adapter_of(tmp_path / "run") == adapter_of(whole_run)
 
 
@@ -442,7 +444,7 @@ def test_a_damaged_checkpoint_is_named_and_the_journal_suffices_without_it(whole
     with pytest.raises(AdapterError, match="checkpoint-6"):
         trained(tmp_path / "run", resume=True, max_steps=STEPS + 1)
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
-    trained(tmp_path / "run", resume=True)
+    trained(tmp_path / "run", resume=True, reward_timeout_s=3.0)
     assert adapter_of(tmp_path / "run") == adapter_of(whole_run)
 
 
@@ -457,8 +459,9 @@ def test_a_limit_that_is_passed_ends_the_run_and_it_can_be_resumed(tmp_path: Pat
     next(event for event in events if isinstance(event, Stepped))
     assert events.gi_frame is not None
     events.gi_frame.f_locals["session"].guard.limit_bytes = 1  # as if all of it were passed by the step that was taken
-    with pytest.raises(BudgetBrokenError, match="resume-from-checkpoint"):
+    with pytest.raises(BudgetBrokenError, match="resume-from-checkpoint") as broken:
         next(events)
+    assert "--max-seq-length" not in str(broken.value), "a resumed run has the same rows"
     assert len(trained(tmp_path / "run", resume=True)) > 0
 
 

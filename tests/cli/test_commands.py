@@ -55,6 +55,36 @@ def test_what_train_prints_last_writes_text_and_its_run_can_be_reported_and_repl
     assert json.loads(capsys.readouterr().out)["examples"] > 0
 
 
+def test_a_run_is_resumed_by_its_directory_alone_with_the_settings_that_it_began_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "lines.jsonl"
+    data.write_text('{"text": "one line"}\n{"text": "another line"}\n')
+    out = ("--output-dir", str(tmp_path / "a run"))
+    flags = ("--model", str(tiny_checkpoint("llama")), "--data", str(data), "--rank", "3", "--no-load-in-4bit")
+    assert run(["train", *FEW_STEPS, *flags, "--lr-schedule", "constant", "--max-seq-length", "48", *out]) == 0
+    capsys.readouterr()
+    assert run(["train", *out, "--resume-from-checkpoint", "--max-steps", "3", "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["step"] for event in events if event["event"] == "step"] == [3]
+
+
+def test_a_question_without_an_answer_ends_like_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "lines.jsonl"
+    data.write_text('{"text": "one line"}\n{"text": "another line"}\n')
+    flags = ("--model", str(tiny_checkpoint("llama")), "--data", str(data), "--output-dir", str(tmp_path / "run"))
+    assert run(["train", *FEW_STEPS, *flags, "--max-seq-length", "48"]) == 0
+    (tmp_path / "run" / "report.json").unlink()
+    for name in ("stdin", "stdout"):
+        stream = io.StringIO()
+        stream.isatty = lambda: True  # type: ignore[method-assign]
+        monkeypatch.setattr(f"sys.{name}", stream)
+    assert run(["train", "--output-dir", str(tmp_path / "run")]) == 130
+    assert "no answer" in capsys.readouterr().err
+
+
 def test_compare_answers_first_with_the_adapters_own_base_as_the_run_held_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
