@@ -495,6 +495,10 @@ def test_a_conversation_with_a_model_that_has_no_template(bench: Bench) -> None:
     bench.refused(["chat", "--model", bench.model], "no chat template", "generate --prompt")
 
 
+def test_a_prompt_from_bytes_that_are_no_utf8(bench: Bench) -> None:
+    bench.refused(["generate", "--model", bench.model, "--prompt", "caf\udce9"], "the prompt is no text")
+
+
 @pytest.mark.parametrize("command", ["generate", "eval"])
 def test_an_empty_name_of_an_adapter_is_not_no_adapter(bench: Bench, command: str) -> None:
     more = ["--prompt", "x"] if command == "generate" else ["--data", str(bench.data)]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from agzo_edge.config import Bytes, RunConfig
+from agzo_edge.config import Bytes, RunConfig, Sampling, sampling_from
 from agzo_edge.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -31,10 +31,11 @@ _ORDER = ("Model", "Data", "Method", "Memory", "Output")
 _LIMITS = {"ge": "from {}", "gt": "over {}", "le": "to {}", "lt": "below {}"}
 
 
-def with_settings(*panels: str, without: Collection[str] = ()) -> Callable[[Command], Command]:
+def with_settings(*panels: str, without: Collection[str] = (), sampling: bool = False) -> Callable[[Command], Command]:
     """A decorator that gives a command's `**settings` the flags of `panels`; no panel is all of them.
 
-    A parameter that the command spells out itself wins over the field of that name.
+    With `sampling` also those of `Sampling`; `sampling_apart` takes them out again. A parameter that the command spells
+    out itself wins over the field of that name.
     """
 
     def decorate(command: Command) -> Command:
@@ -43,7 +44,9 @@ def with_settings(*panels: str, without: Collection[str] = ()) -> Callable[[Comm
         fields = {name: field for name, field in RunConfig.model_fields.items() if name not in taken}
         shown = [name for name in fields if panel_of(name) in (panels or _ORDER)]
         shown.sort(key=lambda name: _ORDER.index(panel_of(name)))
-        flags = [flag(name, fields[name]) for name in shown]
+        flags = [flag(name, fields[name], panel=panel_of(name)) for name in shown]
+        of_text = Sampling.model_fields if sampling else {}
+        flags = [flag(name, field, panel="Text") for name, field in of_text.items()] + flags
         command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
         return command
 
@@ -55,12 +58,10 @@ def panel_of(name: str) -> str:
     return _PANELS.get(name, "Method")
 
 
-def flag(name: str, field: FieldInfo) -> inspect.Parameter:
+def flag(name: str, field: FieldInfo, *, panel: str) -> inspect.Parameter:
     """The flag of a field, as a parameter that typer reads."""
     kind, metavar = _kind_of(field.annotation)
-    option = typer.Option(
-        help=_help_of(name, field), metavar=metavar, rich_help_panel=panel_of(name), show_default=False
-    )
+    option = typer.Option(help=_help_of(name, field), metavar=metavar, rich_help_panel=panel, show_default=False)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]  # a value, no type
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -72,6 +73,12 @@ def given(settings: Mapping[str, object]) -> dict[str, Any]:
         for name, value in settings.items()
         if value is not None
     }
+
+
+def sampling_apart(settings: Mapping[str, object]) -> tuple[Sampling, dict[str, Any]]:
+    """What the flags of a command `with_settings(sampling=True)` gave: how to sample, and all else."""
+    ours = {name: value for name, value in settings.items() if name in Sampling.model_fields}
+    return sampling_from(ours), given({name: value for name, value in settings.items() if name not in ours})
 
 
 def as_flags(settings: Mapping[str, object]) -> list[str]:

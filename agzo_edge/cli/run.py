@@ -27,7 +27,7 @@ def exit_code_of(arguments: Sequence[str]) -> int:
     What nobody foresaw is raised.
     """
     as_json = "--json" in arguments
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without our block characters shows "?"
     try:

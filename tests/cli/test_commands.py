@@ -3,7 +3,8 @@
 import io
 import json
 import shlex
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from agzo_edge.cli import main
 from agzo_edge.cli.chat import converse
+from agzo_edge.cli.consoles import say, write_json
 from agzo_edge.config import Sampling
 from agzo_edge.errors import ModelError
 from agzo_edge.serve.generate import Message
@@ -104,25 +106,69 @@ def test_compare_answers_first_with_the_adapters_own_base_as_the_run_held_it(
 class Echo:
     """A model that answers with the number of messages it was given, and takes at most three."""
 
-    def generate(self, messages: Sequence[Message], *, sampling: Sampling) -> str:
+    def generate(self, messages: Sequence[Message], *, sampling: Sampling, on_text: Callable[[str], object]) -> None:
         if len(messages) > 3:
             raise ModelError("too long")
-        return f"{len(messages)} messages, {sampling.max_new_tokens} tokens"
+        on_text(f"{len(messages)} messages, ")
+        if messages[-1]["content"] == "stop":
+            signal.raise_signal(signal.SIGINT)
+        on_text(f"{sampling.max_new_tokens} tokens")
+
+
+def conversation(monkeypatch: pytest.MonkeyPatch, entered: str, **settings: str) -> list[str]:
+    """The lines that a chat shows."""
+    model: Any = Echo()
+    monkeypatch.setattr("sys.stdin", io.StringIO(entered))
+    console = Console(file=io.StringIO(), width=80)
+    converse(model, Sampling(max_new_tokens=9), console, **settings)
+    lines: list[str] = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return lines
 
 
 def test_chat_keeps_its_history_until_reset_and_survives_a_conversation_too_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model: Any = Echo()
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\nthree\n/reset\nfour\n"))
-    console = Console(file=io.StringIO(), width=80)
-    converse(model, Sampling(max_new_tokens=9), console)
-    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+    assert conversation(monkeypatch, "one\n\ntwo\nthree\n/reset\nfour\n") == [
         "1 messages, 9 tokens",
         "3 messages, 9 tokens",
         "too long; or /reset",
         "1 messages, 9 tokens",
     ]
+
+
+def test_a_system_message_outlives_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = conversation(monkeypatch, "one\n/reset\ntwo\n", system="Be brief.")
+    assert shown == ["2 messages, 9 tokens", "2 messages, 9 tokens"]
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert conversation(monkeypatch, "stop\nmore\n") == ["1 messages, ", "3 messages, 9 tokens"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_prompt_is_read_from_stdin_whatever_its_bytes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    model = ("--model", str(tiny_checkpoint("llama")))
+    assert run(["generate", *model, "--prompt", "-", "--max-new-tokens", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "caf\ufffd"
+
+
+def test_text_is_written_to_the_byte_and_json_in_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    say("a\tb\rc\n")
+    write_json({"text": "é"})
+    assert capsys.readouterr().out == 'a\tb\rc\n\n{"text": "\\u00e9"}\n'
+
+
+def test_sampling_flags_are_the_fields_of_sampling_with_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("generate", "chat"):
+        assert run([command, "--help"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        for name in Sampling.model_fields:
+            assert "--" + name.replace("_", "-") in shown
+        assert "default: 256" in shown
 
 
 def test_doctor_with_numerics_shows_the_error_over_mu_and_advises(capsys: pytest.CaptureFixture[str]) -> None:
