@@ -210,25 +210,19 @@ def replay(
     until_step: int | None = None,
     skip: Container[int] = (),
 ) -> Path:
-    """Rebuild a run's adapter from its journal and bases alone, into `output` (RUN/replayed by default).
+    """Rebuild a run's adapter from its journal and bases alone, into `output`: RUN/replayed, or FILE-replayed.
 
     No data, no model and no forward pass. `until_step` gives the adapter of an earlier step; `skip` leaves steps
     out, for the sgd optimizer. Raises AdapterError when the run's files are damaged.
     """
-    from agzo_edge.rebuild import bring_up_to, learner_of, rebuilt
-    from agzo_edge.record.replay_file import load_replay
-    from agzo_edge.rundir import read_run, require_unused, save_result
+    from agzo_edge.rebuild import learned_in
+    from agzo_edge.rundir import require_unused, save_result
 
     source = _path(run)
-    target = _path(output) if output else (source.with_suffix("") if source.is_file() else source) / "replayed"
-    require_unused(target)
-    if source.is_file():
-        kept = load_replay(source)
-        learner, header = rebuilt(kept, until_step=until_step, skip=skip), kept.header
-    else:
-        journal = read_run(source)
-        learner, header = learner_of(journal.header), journal.header
-        bring_up_to(learner, source, journal, until_step=until_step, from_start=True, skip=skip)
+    beside = source.with_name(f"{source.stem}-replayed") if source.is_file() else source / "replayed"
+    target = _path(output) if output else beside
+    require_unused(target, flag="--output")
+    learner, header = learned_in(source, until_step=until_step, skip=skip)
     save_result(target, learner, header, card=f"Rebuilt by `agzo-edge replay` from {source.name}.\n")
     return target
 
@@ -240,11 +234,15 @@ def export(adapter: str | Path, *, to: str, output: str | Path, model: str | Non
     """
     from agzo_edge.rebuild import replay_file_of
     from agzo_edge.record.replay_file import save_replay
+    from agzo_edge.rundir import require_ended
     from agzo_edge.serve.export import export_adapter
 
     source, target = _path(adapter), _path(output)
     if to != "replay":
+        require_ended(source)
         return export_adapter(source, to=to, output=target, model_source=model and expanded(model), **settings)
+    if settings:
+        raise ConfigError(f"to is replay, which has no {', '.join(settings)}")
     if target.exists():
         raise ConfigError(f"{target} exists: name a new file")
     save_replay(target, replay_file_of(source))

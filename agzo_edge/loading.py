@@ -16,7 +16,7 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.setup import require_usable_device
 from agzo_edge.preparation import on_adapters_layers
 from agzo_edge.record.adapter import base_model_of
-from agzo_edge.rundir import JOURNAL_NAME, is_unfinished, load_changes, settings_in
+from agzo_edge.rundir import JOURNAL_NAME, load_changes, require_ended, settings_in
 
 # Settings by which a run holds its base, and those by which it makes rows and scores them.
 _OF_BASE = ("load_in_4bit", "load_in_8bit", "quant_type", "double_quant")
@@ -29,11 +29,7 @@ _OF_ROWS = (
 
 def base_of(adapter: Path) -> str | None:
     """The base model that an adapter names, if any. Raises AdapterError for no adapter, and for a run without one."""
-    if is_unfinished(adapter):
-        raise AdapterError(
-            f"{adapter}: the run has not ended: go on with it by `train --resume-from-checkpoint`, or make the adapter "
-            f"of its steps so far with `agzo-edge replay {shlex.quote(str(adapter))}`"
-        )
+    require_ended(adapter)
     return base_model_of(adapter)
 
 

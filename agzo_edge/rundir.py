@@ -12,6 +12,7 @@ report.json                    what it cost and what it gave
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -57,20 +58,19 @@ _MUST_BE_THE_SAME = {
 }
 
 
-def require_unused(directory: Path) -> None:
-    """Raise AdapterError, with what to do, when `directory` holds anything already."""
+def require_unused(directory: Path, *, flag: str = "--output-dir") -> None:
+    """Raise AdapterError, with what to do, when `directory`, which `flag` named, holds anything already."""
     if (directory / JOURNAL_NAME).exists():
-        raise AdapterError(
-            f"{directory} holds another run: go on with it by --resume-from-checkpoint, or choose another --output-dir"
-        )
+        go_on = "go on with it by --resume-from-checkpoint, or " if flag == "--output-dir" else ""
+        raise AdapterError(f"{directory} holds another run: {go_on}choose another {flag}")
     above = (directory, *directory.absolute().parents)
     nearest = next(path for path in above if os.path.exists(path))  # noqa: PTH110  # Path's raises PermissionError
     if not nearest.is_dir():
-        raise AdapterError(f"{nearest} is a file: choose another --output-dir")
+        raise AdapterError(f"{nearest} is a file: choose another {flag}")
     if not os.access(nearest, os.W_OK):
-        raise AdapterError(f"{nearest} cannot be written to: choose another --output-dir, or change its permissions")
+        raise AdapterError(f"{nearest} cannot be written to: choose another {flag}, or change its permissions")
     if directory.exists() and any(not _is_leftover(path) for path in directory.iterdir()):
-        raise AdapterError(f"{directory} is not empty: choose another --output-dir")
+        raise AdapterError(f"{directory} is not empty: choose another {flag}")
 
 
 def _is_leftover(path: Path) -> bool:
@@ -256,9 +256,13 @@ def _are_numbers(metrics: Metrics) -> bool:
     return pairs and all(type(x) in (int, float) for x in chain(told, *spans))
 
 
-def is_unfinished(directory: Path) -> bool:
-    """Whether a run in `directory` has left no adapter yet."""
-    return (directory / JOURNAL_NAME).is_file() and not (directory / CONFIG_NAME).is_file()
+def require_ended(directory: Path) -> None:
+    """Raise AdapterError, with what to do, where a run in `directory` has left no adapter yet."""
+    if (directory / JOURNAL_NAME).is_file() and not (directory / CONFIG_NAME).is_file():
+        raise AdapterError(
+            f"{directory}: the run has not ended: go on with it by `train --resume-from-checkpoint`, or make the "
+            f"adapter of its steps so far with `agzo-edge replay {shlex.quote(str(directory))}`"
+        )
 
 
 def settings_in(directory: Path) -> Mapping[str, Any]:

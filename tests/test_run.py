@@ -272,6 +272,8 @@ def test_an_adapter_of_a_run_that_has_not_ended_is_no_adapter_yet(tmp_path: Path
     events.close()
     with pytest.raises(AdapterError, match=r"has not ended.*--resume-from-checkpoint.*replay"):
         agzo_edge.load(adapter=tmp_path / "run")
+    with pytest.raises(AdapterError, match="has not ended"):
+        agzo_edge.export(tmp_path / "run", to="peft", output=tmp_path / "peft")
 
 
 def test_a_replay_until_a_step_gives_that_checkpoint(whole_run: Path, tmp_path: Path) -> None:
@@ -407,9 +409,19 @@ def test_the_demo_learns_its_voice(tmp_path: Path) -> None:
 
 
 def test_a_run_in_one_file_gives_the_same_adapter(whole_run: Path, tmp_path: Path) -> None:
-    file = agzo_edge.export(whole_run, to="replay", output=tmp_path / "run.safetensors")
-    agzo_edge.replay(file, output=tmp_path / "replayed")
-    assert adapter_of(tmp_path / "replayed") == adapter_of(whole_run)
+    file = agzo_edge.export(whole_run, to="replay", output=tmp_path / "new" / "run")  # a name without a suffix
+    replayed = agzo_edge.replay(file)
+    assert replayed == tmp_path / "new" / "run-replayed"
+    assert adapter_of(replayed) == adapter_of(whole_run)
+    with pytest.raises(AdapterError, match=r"choose another --output$"):
+        agzo_edge.replay(file)
+
+
+def test_a_wrong_wish_to_export_is_refused_by_name(whole_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="to is replay, which has no dtype"):
+        agzo_edge.export(whole_run, to="replay", output=tmp_path / "run", dtype="float16")
+    with pytest.raises(ConfigError, match="choose one of peft, merged, gguf, replay"):
+        agzo_edge.export(whole_run, to="onnx", output=tmp_path / "run")
 
 
 def test_skipped_steps_leave_the_sum_and_nothing_else(whole_run: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def export_adapter(
 def _refuse_wrong_request(to: str, output: Path, dtype: str | None) -> None:
     faults = []
     if to not in FORMATS:
-        faults.append(f"to is {to!r}: choose one of {', '.join(FORMATS)}")
+        faults.append(f"to is {to!r}: choose one of {', '.join(FORMATS)}, replay")
     if dtype is not None and dtype not in FLOATS:
         faults.append(f"dtype is {dtype!r}: choose one of {', '.join(FLOATS)}")
     if output.suffix == ".gguf":
