@@ -103,7 +103,10 @@ class RunConfig(AgzoConfig, DataConfig):
     """A whole run: the method and the data, and the model, machine and outputs around them."""
 
     model: str | None = Field(
-        None, min_length=1, description="Directory or hub id of a causal language model; none runs the demo."
+        None,
+        min_length=1,
+        description="Directory or hub id of a causal language model; by default that of the adapter in use, else the "
+        "demo's.",
     )
     output_dir: str | None = Field(
         None, min_length=1, description="Directory of the run; must be empty, or hold a run to resume."

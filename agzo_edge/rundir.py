@@ -4,7 +4,10 @@ journal.jsonl                  what every step did
 bases/step-N.safetensors       what the window of step N fixed
 best/                          the adapter that did best on the held-out examples
 checkpoint-N/                  the adapter after N steps, and the learner's state
-adapter_model.safetensors ...  the result
+adapter_model.safetensors ...  the result in PEFT's layout, with a card (README.md) and the tokenizer
+merged/                        with target = dequantized: the whole model
+runs/                          with report_to = tensorboard: its numbers
+run.lock                       while a process trains here
 evaluations.json               what the held-out examples said, and when
 report.json                    what it cost and what it gave
 """

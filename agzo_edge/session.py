@@ -57,7 +57,7 @@ from agzo_edge.rundir import (
     withdraw_report,
     write_report,
 )
-from agzo_edge.scalars import with_tensorboard
+from agzo_edge.scalars import require_tensorboard, with_tensorboard
 from agzo_edge.serve.dequantized import save_dense_model
 from agzo_edge.serve.generate import TextModel
 from agzo_edge.train.goal import goal_of
@@ -80,6 +80,8 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     needed = {"--model": config.model, "--data": config.data, "--output-dir": config.output_dir}
     if missing := [flag for flag, value in needed.items() if value is None]:
         raise ConfigError(f"a run needs {' and '.join(missing)} as well; without a model and data the demo runs")
+    if config.report_to == "tensorboard":
+        require_tensorboard()
     out = Path(str(config.output_dir))
     found = (out / JOURNAL_NAME).exists()
     to_know = (f"there is nothing to resume in {out}: this is a new run",) if resume and not found else ()

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import agzo_edge
+from agzo_edge import errors
 from agzo_edge.cli.run import exit_code_of
 from agzo_edge.config import config_from
 from agzo_edge.errors import AgzoError, ConfigError
@@ -590,6 +591,11 @@ def test_with_json_the_failure_is_an_object_on_stdout(bench: Bench) -> None:
     assert last["error"]["kind"] == "DataError"
     assert "nowhere.jsonl" in last["error"]["message"]
     assert not bench.out.exists()
+
+
+def test_every_error_can_be_caught_by_its_public_name() -> None:
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, AgzoError)}
+    assert kinds <= set(agzo_edge.__all__)
 
 
 def test_the_python_api_refuses_the_same_way(bench: Bench) -> None:

@@ -460,6 +460,12 @@ def test_a_damaged_checkpoint_is_named_and_the_journal_suffices_without_it(whole
     assert adapter_of(tmp_path / "run") == adapter_of(whole_run)
 
 
+def test_a_missing_tensorboard_is_told_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        next(training(config_of(tmp_path / "run", report_to="tensorboard")))
+
+
 def test_tensorboard_gets_the_runs_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="an extra; CI has it")
     trained(tmp_path / "run", max_steps=2, report_to="tensorboard")

@@ -64,8 +64,11 @@ def _has_splits(files: Sequence[Path]) -> bool:
 def _split_file(directory: Path, files: Sequence[Path], split: Split) -> Path:
     """The one file of a directory that holds `split`: train.jsonl, valid.csv.gz, ..."""
     names = _FILE_NAMES[split]
-    wanted = " or ".join(f"{name}.*" for name in names)
     found = [file for file in files if _is_of(file, names)]
+    if split == "test" and not found:  # held out as well
+        names = (*names, *_FILE_NAMES["validation"])
+        found = [file for file in files if _is_of(file, names)]
+    wanted = " or ".join(f"{name}.*" for name in names)
     if not found:
         there = ", ".join(path.name for path in files[:5]) or "no data file"
         raise DataError(f"{directory}: no {wanted} in it ({there}): rename the file, or name it itself")
