@@ -5,7 +5,6 @@ A setting is a keyword argument with the name of a field of `RunConfig`; config.
 
 from collections.abc import Callable, Container, Mapping
 from contextlib import closing
-from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.budget.plan import fitted_run, memory_plan
 from agzo_edge.budget.sweep import Sweep, memory_sweep
 from agzo_edge.config import RunConfig, config_from, read_toml
-from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME, demo_settings
+from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME, demo_directory, demo_settings
 from agzo_edge.errors import ConfigError, ModelError
 from agzo_edge.paths import expanded
 
@@ -46,7 +45,7 @@ def resolve(
     given = in_file | {name: value for name, value in settings.items() if value is not None}
     taken = dict(of_run or {})
     is_demo = given.get("model") in (None, str(MODEL_DIR)) and given.get("data") is None
-    directory = given.get("output_dir") or (_demo_directory(resume=resume) if is_demo else None)
+    directory = given.get("output_dir") or (demo_directory(resume=resume) if is_demo else None)
     if resume and directory:
         from agzo_edge.loading import settings_to_resume  # loads torch
 
@@ -57,15 +56,6 @@ def resolve(
         taken = demo_settings() | {"output_dir": directory} | taken
     machine = machine_profile(str((taken | given).get("profile", "auto")))
     return config_from(machine.settings, taken, in_file, settings, preset=preset)
-
-
-def _demo_directory(*, resume: bool) -> str:
-    """The first unused one of adapters/demo, adapters/demo-2, ...; to resume, the last used one."""
-    names = ("adapters/demo" if n == 1 else f"adapters/demo-{n}" for n in count(1))
-    used = list(takewhile(lambda name: Path(name).exists(), names))
-    if resume and used:
-        return used[-1]
-    return f"adapters/demo-{len(used) + 1}" if used else "adapters/demo"
 
 
 def plan(
@@ -215,6 +205,7 @@ def replay(
     No data, no model and no forward pass. `until_step` gives the adapter of an earlier step; `skip` leaves steps
     out, for the sgd optimizer. Raises AdapterError when the run's files are damaged.
     """
+    from agzo_edge.loading import keep_settings
     from agzo_edge.rebuild import learned_in
     from agzo_edge.rundir import require_unused, save_result
 
@@ -224,6 +215,7 @@ def replay(
     require_unused(target, flag="--output")
     learner, header = learned_in(source, until_step=until_step, skip=skip)
     save_result(target, learner, header, card=f"Rebuilt by `agzo-edge replay` from {source.name}.\n")
+    keep_settings(target, header["config"])
     return target
 
 
@@ -232,15 +224,19 @@ def export(adapter: str | Path, *, to: str, output: str | Path, model: str | Non
 
     `replay` takes the directory of a run and writes one safetensors file from which `replay` rebuilds the adapter.
     """
+    from agzo_edge.loading import keep_settings
     from agzo_edge.rebuild import replay_file_of
     from agzo_edge.record.replay_file import save_replay
-    from agzo_edge.rundir import require_ended
+    from agzo_edge.rundir import require_ended, settings_in
     from agzo_edge.serve.export import export_adapter
 
     source, target = _path(adapter), _path(output)
     if to != "replay":
         require_ended(source)
-        return export_adapter(source, to=to, output=target, model_source=model and expanded(model), **settings)
+        export_adapter(source, to=to, output=target, model_source=model and expanded(model), **settings)
+        if to == "peft":
+            keep_settings(target, settings_in(source))
+        return target
     if settings:
         raise ConfigError(f"to is replay, which has no {', '.join(settings)}")
     if target.exists():

@@ -1,5 +1,6 @@
 """A model to be used: with an adapter, on the base that it was trained on and as that was held, inside its budget."""
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.setup import require_usable_device
 from agzo_edge.preparation import on_adapters_layers
 from agzo_edge.record.adapter import base_model_of
-from agzo_edge.rundir import JOURNAL_NAME, load_changes, require_ended, settings_in
+from agzo_edge.record.files import atomic_write_text
+from agzo_edge.rundir import JOURNAL_NAME, SETTINGS_NAME, load_changes, require_ended, settings_in
 
 # Settings by which a run holds its base, and those by which it makes rows and scores them.
 _OF_BASE = ("load_in_4bit", "load_in_8bit", "quant_type", "double_quant")
@@ -62,6 +64,13 @@ def settings_to_resume(directory: Path, given: Mapping[str, Any]) -> dict[str, A
     settings = {name: value for name, value in settings_in(directory).items() if name not in unsettled}
     _refuse_unnamed_code(directory, settings, given)
     return settings
+
+
+def keep_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Leave beside an adapter, taken out of its run's directory, how the run held its base and made its rows."""
+    kept = {name: settings[name] for name in (*_OF_BASE, *_OF_ROWS) if name in settings}
+    if kept:
+        atomic_write_text(directory / SETTINGS_NAME, json.dumps(kept, indent=2) + "\n")
 
 
 def _refuse_unnamed_code(place: Path, taken: Mapping[str, Any], given: Mapping[str, Any]) -> None:

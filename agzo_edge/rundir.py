@@ -45,6 +45,7 @@ JOURNAL_NAME = "journal.jsonl"
 REPORT_NAME = "report.json"
 EVALUATIONS_NAME = "evaluations.json"
 BEST_NAME = "best"
+SETTINGS_NAME = "run_settings.json"  # beside an adapter that was taken out of its run's directory
 STATE_NAME = "learner_state.safetensors"
 
 # Settings that a resumed run may change; with a difference in any other it would be another run.
@@ -270,6 +271,11 @@ def require_ended(directory: Path) -> None:
 
 def settings_in(directory: Path) -> Mapping[str, Any]:
     """The settings of the run that made the adapter in `directory`, or in a folder of the run's; none where unknown."""
+    if (directory / SETTINGS_NAME).is_file():
+        try:
+            return strict_object((directory / SETTINGS_NAME).read_bytes())
+        except (OSError, ValueError):
+            return {}
     journals = (place / JOURNAL_NAME for place in (directory, directory.absolute().parent))
     found = next((path for path in journals if path.is_file()), None)
     header = None if found is None else read_header(found)

@@ -195,8 +195,10 @@ def test_an_adapter_is_used_on_its_base_as_it_was_held_and_scored_by_its_runs_ob
     scored = agzo_edge.evaluate(data=str(data), adapter=tmp_path / "run")
     assert scored.accuracy is not None
     assert scored.loss == pytest.approx(after.loss, rel=1e-6)
-    model = agzo_edge.load(adapter=tmp_path / "run" / "best").model
-    assert model.quantization == "none"
+    agzo_edge.replay(tmp_path / "run", output=tmp_path / "replayed")
+    agzo_edge.export(tmp_path / "run" / "best", to="peft", output=tmp_path / "peft")
+    for place in ("run/best", "replayed", "peft"):
+        assert agzo_edge.load(adapter=tmp_path / place).model.quantization == "none"
     assert agzo_edge.load(adapter=tmp_path / "run", load_in_8bit=True).model.quantization == "int8"
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "Ahoy there, matey!"}\n')
