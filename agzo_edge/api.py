@@ -233,7 +233,7 @@ def export(adapter: str | Path, *, to: str, output: str | Path, model: str | Non
     source, target = _path(adapter), _path(output)
     if to != "replay":
         require_ended(source)
-        export_adapter(source, to=to, output=target, model_source=model and expanded(model), **settings)
+        export_adapter(source, to=to, output=target, model_source=model, **settings)
         if to == "peft":
             keep_settings(target, settings_in(source))
         return target

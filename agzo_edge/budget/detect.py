@@ -122,7 +122,7 @@ def available_host_bytes() -> int:
 
 def disk_bytes_for(directory: str) -> int:
     """What a run in `directory` may take of the disk that it lies on, or would: what is free, and what it has there."""
-    place = Path(directory).expanduser().absolute()
+    place = Path(directory).absolute()
     free = shutil.disk_usage(next(each for each in (place, *place.parents) if os.path.exists(each))).free  # noqa: PTH110  # no error
     begun = place.rglob("*") if (place / "journal.jsonl").is_file() else ()  # of anything else not a file is looked at
     return free + sum(path.lstat().st_size for path in begun if path.is_file())

@@ -23,7 +23,7 @@ def open_checkpoint(source: str) -> Checkpoint:
 
     Raises ModelError when neither exists, or what is there cannot be read.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_dir():
         return read_checkpoint(path, source=source)
     if path.exists():

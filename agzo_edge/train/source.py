@@ -21,7 +21,7 @@ def read_rows(source: str, *, split: Split) -> Iterator[RawRow | BrokenRow | Doc
 
     Raises DataError when the source does not exist or cannot be read.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.exists():
         for file in source_files(path, split=split):
             yield from file_rows(file)
@@ -33,7 +33,7 @@ def read_rows(source: str, *, split: Split) -> Iterator[RawRow | BrokenRow | Doc
 
 def large_file(source: str, *, split: Split, at_least: int) -> Path | None:
     """The one JSON Lines file that a source is, when it has that many bytes and is not gzipped; else none."""
-    path = Path(source).expanduser()
+    path = Path(source)
     files = source_files(path, split=split) if path.exists() else []
     if len(files) == 1 and files[0].suffix.lower() == ".jsonl" and files[0].stat().st_size >= at_least:
         return files[0]

@@ -142,7 +142,7 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(tmp_path: Path) -> None:
         "--max-steps",
         "10000",
         "--output-dir",
-        "out",
+        "my run",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -160,10 +160,10 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == events[-1]["error"]["exit_code"] == 143
     assert [event["event"] for event in events[:3]] == ["data", "planned", "model"]
     steps = [event["step"] for event in events if event.get("event") == "step"]
-    assert (tmp_path / "out" / f"checkpoint-{steps[-1]}").is_dir()
+    assert (tmp_path / "my run" / f"checkpoint-{steps[-1]}").is_dir()
     assert messages.startswith("error: stopped by")
     assert len(messages.splitlines()) == 1  # no library speaks
-    assert "--resume-from-checkpoint" in messages
+    assert messages.endswith("go on with --output-dir 'my run' --resume-from-checkpoint\n")
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "110", "200"])
