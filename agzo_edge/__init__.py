@@ -18,6 +18,7 @@ from agzo_edge.errors import (
     DataError,
     ModelError,
     NonFiniteLossError,
+    RewardError,
     UsageError,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "DataError",
     "ModelError",
     "NonFiniteLossError",
+    "RewardError",
     "UsageError",
     "__version__",
     "check_numerics",

@@ -3,10 +3,8 @@
 A setting is a keyword argument with the name of a field of `RunConfig`; config.py tells them all.
 """
 
-import json
 from collections.abc import Callable, Container, Mapping
 from contextlib import closing
-from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +14,9 @@ from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.budget.plan import fitted_run, memory_plan
 from agzo_edge.budget.sweep import Sweep, memory_sweep
 from agzo_edge.config import RunConfig, config_from, read_toml
-from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME, demo_settings
-from agzo_edge.errors import ConfigError
+from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME, demo_directory, demo_settings
+from agzo_edge.errors import ConfigError, ModelError
+from agzo_edge.paths import expanded
 
 if TYPE_CHECKING:  # these load torch, which planning does without
     from agzo_edge.events import Event, Run
@@ -36,28 +35,27 @@ def resolve(
 ) -> RunConfig:
     """The run that `settings` describe: built-in < preset < profile < those `of_run` < file < `settings`.
 
-    Without a model it is the embedded demo, in a directory of its own, or its last one to `resume`.
-    Raises ConfigError with every fault.
+    To `resume` is to take the settings of the run in the output directory for those `of_run`. Without a model it is
+    the embedded demo, in a directory of its own, or its last one to resume. Raises ConfigError with every fault,
+    AdapterError for a run that was rewarded by code which `settings` do not name.
     """
     in_file = read_toml(Path(config_file)) if config_file else {}
     in_file_preset = in_file.pop("preset", "default")
     preset = preset or in_file_preset
     given = in_file | {name: value for name, value in settings.items() if value is not None}
-    if given.get("model") is None and given.get("data") is not None:
+    taken = dict(of_run or {})
+    is_demo = given.get("model") in (None, str(MODEL_DIR)) and given.get("data") is None
+    directory = given.get("output_dir") or (demo_directory(resume=resume) if is_demo else None)
+    if resume and directory:
+        from agzo_edge.loading import settings_to_resume  # loads torch
+
+        taken |= settings_to_resume(_path(directory), given)
+    if given.get("data") is not None and (taken | given).get("model") is None:
         raise ConfigError("data is given and no model: name one with --model, or give neither for the demo")
-    if given.get("model") in (None, str(MODEL_DIR)) and given.get("data") is None:
-        in_file = demo_settings() | {"output_dir": _demo_directory(resume=resume)} | in_file
-    machine = machine_profile(str(given.get("profile", "auto")))
-    return config_from(machine.settings, of_run or {}, in_file, settings, preset=preset)
-
-
-def _demo_directory(*, resume: bool) -> str:
-    """The first unused one of adapters/demo, adapters/demo-2, ...; to resume, the last used one."""
-    names = ("adapters/demo" if n == 1 else f"adapters/demo-{n}" for n in count(1))
-    used = list(takewhile(lambda name: Path(name).exists(), names))
-    if resume and used:
-        return used[-1]
-    return f"adapters/demo-{len(used) + 1}" if used else "adapters/demo"
+    if is_demo:
+        taken = demo_settings() | {"output_dir": directory} | taken
+    machine = machine_profile(str((taken | given).get("profile", "auto")))
+    return config_from(machine.settings, taken, in_file, settings, preset=preset)
 
 
 def plan(
@@ -135,29 +133,33 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
     from agzo_edge.loading import loaded_model
     from agzo_edge.serve.generate import TextModel
 
-    config = _of_use(adapter, {"model": model, **settings}).model_copy(update={"batch_size": 1, "micro_batch_size": 1})
-    facts = model_facts(str(config.model))
-    return TextModel(loaded_model(facts, config, None if adapter is None else Path(adapter)))
+    path = None if adapter is None else _path(adapter)
+    config = _of_use(path, {"model": model, **settings}).model_copy(update={"batch_size": 1, "micro_batch_size": 1})
+    loaded, _ = loaded_model(model_facts(str(config.model)), config, path)
+    return TextModel(loaded)
 
 
 def evaluate(
     model: str | None = None, data: str | None = None, *, adapter: str | Path | None = None, **settings: Any
 ) -> "Metrics":
-    """Loss and perplexity, or accuracy, of a model with its adapter on `data`.
+    """Loss and perplexity, or accuracy, of a model with its adapter on `data`, inside the memory budget.
 
     The adapter of a run is scored by that run's objective, its rows made by its settings, unless `settings` name one.
     """
+    from agzo_edge.evaluations import examples_at_once
     from agzo_edge.loading import loaded_model
     from agzo_edge.train.evaluate import evaluate as evaluated
     from agzo_edge.train.examples import load_examples
     from agzo_edge.train.goal import goal_of
+    from agzo_edge.train.guard import Guard
     from agzo_edge.train.reward import refused_as_data
 
-    config = _of_use(adapter, {"model": model, "data": data, **settings}, data_too=True)
+    path = None if adapter is None else _path(adapter)
+    config = _of_use(path, {"model": model, "data": data, **settings}, data_too=True)
     if config.data is None and config.eval_data is None:
         raise ConfigError("there is nothing to evaluate on: name a file with --data")
     facts = model_facts(str(config.model))
-    loaded = loaded_model(facts, config, None if adapter is None else Path(adapter))
+    loaded, rungs = loaded_model(facts, config, path)
     examples = load_examples(
         str(config.eval_data or config.data),
         loaded.tokenizer,
@@ -166,20 +168,29 @@ def evaluate(
         facts=facts,
     )
     loaded.require_positions(examples.report.longest_tokens + config.written_tokens)
-    objective, batch_size = config.objective, config.batch_size
     with closing(goal_of(config)) as goal, refused_as_data():
-        return evaluated(loaded, examples.examples, objective=objective, batch_size=batch_size, goal=goal)
+        return Guard(loaded, rungs).run(
+            lambda fitted: evaluated(
+                loaded, examples.examples, objective=config.objective, batch_size=examples_at_once(fitted), goal=goal
+            )
+        )
 
 
-def _of_use(adapter: str | Path | None, settings: Mapping[str, Any], *, data_too: bool = False) -> RunConfig:
+def _of_use(adapter: Path | None, settings: Mapping[str, Any], *, data_too: bool = False) -> RunConfig:
     """The settings to use a model by: with an adapter, its run's below the given ones."""
     from agzo_edge.loading import base_of, settings_of_run
 
     if adapter is None:
         return resolve(settings)
-    base = base_of(Path(adapter))
-    of_run = settings_of_run(Path(adapter), settings, data_too=data_too)
-    return resolve({**settings, "model": settings["model"] or base}, of_run=of_run)
+    base = base_of(adapter)
+    model = settings["model"] or base
+    if model is None:
+        raise ModelError(f"{adapter}: names no base model: give its directory or hub id with --model")
+    return resolve({**settings, "model": model}, of_run=settings_of_run(adapter, settings, data_too=data_too))
+
+
+def _path(name: str | Path) -> Path:
+    return Path(expanded(str(name)))
 
 
 def replay(
@@ -189,26 +200,22 @@ def replay(
     until_step: int | None = None,
     skip: Container[int] = (),
 ) -> Path:
-    """Rebuild a run's adapter from its journal and bases alone, into `output` (RUN/replayed by default).
+    """Rebuild a run's adapter from its journal and bases alone, into `output`: RUN/replayed, or FILE-replayed.
 
     No data, no model and no forward pass. `until_step` gives the adapter of an earlier step; `skip` leaves steps
     out, for the sgd optimizer. Raises AdapterError when the run's files are damaged.
     """
-    from agzo_edge.rebuild import bring_up_to, learner_of, rebuilt
-    from agzo_edge.record.replay_file import load_replay
-    from agzo_edge.rundir import read_run, require_unused, save_result
+    from agzo_edge.loading import keep_settings
+    from agzo_edge.rebuild import learned_in
+    from agzo_edge.rundir import require_unused, save_result
 
-    source = Path(run)
-    target = Path(output) if output else (source.with_suffix("") if source.is_file() else source) / "replayed"
-    require_unused(target)
-    if source.is_file():
-        kept = load_replay(source)
-        learner, header = rebuilt(kept, until_step=until_step, skip=skip), kept.header
-    else:
-        journal = read_run(source)
-        learner, header = learner_of(journal.header), journal.header
-        bring_up_to(learner, source, journal, until_step=until_step, from_start=True, skip=skip)
+    source = _path(run)
+    beside = source.with_name(f"{source.stem}-replayed") if source.is_file() else source / "replayed"
+    target = _path(output) if output else beside
+    require_unused(target, flag="--output")
+    learner, header = learned_in(source, until_step=until_step, skip=skip)
     save_result(target, learner, header, card=f"Rebuilt by `agzo-edge replay` from {source.name}.\n")
+    keep_settings(target, header["config"])
     return target
 
 
@@ -217,37 +224,35 @@ def export(adapter: str | Path, *, to: str, output: str | Path, model: str | Non
 
     `replay` takes the directory of a run and writes one safetensors file from which `replay` rebuilds the adapter.
     """
+    from agzo_edge.loading import keep_settings
     from agzo_edge.rebuild import replay_file_of
     from agzo_edge.record.replay_file import save_replay
+    from agzo_edge.rundir import require_ended, settings_in
     from agzo_edge.serve.export import export_adapter
 
+    source, target = _path(adapter), _path(output)
     if to != "replay":
-        return export_adapter(Path(adapter), to=to, output=Path(output), model_source=model, **settings)
-    if Path(output).exists():
-        raise ConfigError(f"{output} exists: name a new file")
-    save_replay(Path(output), replay_file_of(Path(adapter)))
-    return Path(output)
+        require_ended(source)
+        export_adapter(source, to=to, output=target, model_source=model, **settings)
+        if to == "peft":
+            keep_settings(target, settings_in(source))
+        return target
+    if settings:
+        raise ConfigError(f"to is replay, which has no {', '.join(settings)}")
+    if target.exists():
+        raise ConfigError(f"{target} exists: name a new file")
+    save_replay(target, replay_file_of(source))
+    return target
 
 
 def report(run_dir: str | Path) -> dict[str, Any]:
-    """What a run cost and gave: report.json of a finished run, the journal's account of an interrupted one."""
-    from agzo_edge.rundir import REPORT_NAME, read_run
+    """What a run cost and gave: report.json of a finished run, the journal's account of an interrupted one.
 
-    directory = Path(run_dir)
-    if (directory / REPORT_NAME).is_file():
-        finished: dict[str, Any] = json.loads((directory / REPORT_NAME).read_text(encoding="utf-8"))
-        return finished
-    journal = read_run(directory)
-    return {
-        "model": journal.header["config"]["model"],
-        "finished": False,
-        "steps": len(journal.records),
-        "max_steps": journal.header["config"]["max_steps"],
-        "wall_s": round(sum(record["wall_s"] for record in journal.records), 3),
-        "tokens": sum(record["tokens"] for record in journal.records),
-        "measured_peak_bytes": max((record["peak_bytes"] for record in journal.records), default=None),
-        "last_loss": journal.records[-1]["loss"] if journal.records else None,
-    }
+    Raises AdapterError for a directory that holds no run, or a damaged one.
+    """
+    from agzo_edge.run_report import run_report
+
+    return run_report(_path(run_dir))
 
 
 def doctor() -> dict[str, Any]:

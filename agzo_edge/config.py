@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from agzo_edge.data_config import DataConfig
 from agzo_edge.errors import ConfigError, numbered
+from agzo_edge.paths import expanded
+from agzo_edge.presets import PRESETS
 from agzo_edge.units import MIB, MOST_BYTES, parse_bytes
 from agzo_edge.writers import ALL_LINEAR, writes_to_residual
 
@@ -101,7 +103,10 @@ class RunConfig(AgzoConfig, DataConfig):
     """A whole run: the method and the data, and the model, machine and outputs around them."""
 
     model: str | None = Field(
-        None, min_length=1, description="Directory or hub id of a causal language model; none runs the demo."
+        None,
+        min_length=1,
+        description="Directory or hub id of a causal language model; by default that of the adapter in use, else the "
+        "demo's.",
     )
     output_dir: str | None = Field(
         None, min_length=1, description="Directory of the run; must be empty, or hold a run to resume."
@@ -159,10 +164,16 @@ class RunConfig(AgzoConfig, DataConfig):
         """
         guide = given.get("guide", "auto")
         if guide == "auto":
-            targets = [str(name) for name in given.get("target_modules") or ()]
+            named = given.get("target_modules")
+            targets = [str(name) for name in named] if isinstance(named, list | tuple) else []
             can_lead = not targets or any(name == ALL_LINEAR or writes_to_residual(name) for name in targets)
             guide = "head" if can_lead and given.get("objective") != "reward" else "none"
         return {**({"rank": UNGUIDED_RANK} if guide == "none" else {}), **given, "guide": guide}
+
+    @field_validator("model", "adapter", "data", "eval_data", "output_dir")
+    @classmethod
+    def _home_is_found(cls, name: str | None) -> str | None:
+        return name and expanded(name)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -199,40 +210,12 @@ class Sampling(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampling.")
 
 
-# One shared Gaussian direction, forward difference, rank 1, a new basis every step: Algorithm 1 of the paper.
-_PAPER = {
-    "rank": 1,
-    "guide": "none",
-    "target_modules": (ALL_LINEAR,),
-    "refresh_every": 1,
-    "power_iterations": 3,
-    "noise": "gaussian",
-    "difference": "forward",
-    "directions": "shared",
-    "relative": False,
-    "normalize": False,
-    "clip": 0.0,
-    "optimizer": "sgd",
-    "mu": 1e-3,
-    "learning_rate": 1e-3,
-    "lr_schedule": "constant",
-    "undo_every": 0,
-}
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "default": {},
-    "fast": {"max_steps": 150, "learning_rate": 0.2},
-    "careful": {"max_steps": 1500, "learning_rate": 0.05, "undo_every": 25},
-    "paper": _PAPER,
-}
-
-
 def config_from(*sources: Mapping[str, Any], preset: str = "default") -> RunConfig:
     """The run that `sources` describe on top of `preset`; a later source wins over an earlier one.
 
     Raises ConfigError, naming every field that is unknown or out of range.
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:  # a TOML file may hold anything
         raise ConfigError(f"preset {preset!r} does not exist: choose one of {', '.join(PRESETS)}")
     merged: dict[str, Any] = dict(PRESETS[preset])
     for source in sources:

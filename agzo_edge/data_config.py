@@ -19,7 +19,7 @@ METRICS: Mapping[Objective, tuple[str, ...]] = {  # what an evaluation tells
 class DataConfig(BaseModel):
     """Where rows come from, what they become, and what is learned from them. docs/guide/data.md."""
 
-    data: str | None = Field(None, min_length=1, description="Training file, directory or hub id.")
+    data: str | None = Field(None, min_length=1, description="File, directory or hub id of the data.")
     eval_data: str | None = Field(None, min_length=1, description="Held-out file, evaluated before, during and after.")
     objective: Objective = Field("lm", description="What is learned.")
     prompt_template: str | None = Field(

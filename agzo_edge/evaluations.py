@@ -41,7 +41,7 @@ class Evaluations:
         examples = self.held_out.examples
         metrics = self.guard.run(
             lambda config: evaluate(
-                self.model, examples, objective=config.objective, batch_size=_examples_at_once(config), goal=self.goal
+                self.model, examples, objective=config.objective, batch_size=examples_at_once(config), goal=self.goal
             )
         )
         if step == 0 and not math.isfinite(metrics.loss):
@@ -77,6 +77,6 @@ class Evaluations:
         return out_of_patience(self.found, self.guard.config.metric_for_best_model, patience=patience)
 
 
-def _examples_at_once(config: RunConfig) -> int:
+def examples_at_once(config: RunConfig) -> int:
     """Examples in a pass: as many as a step's pass has, with both signs where they are fused."""
     return (2 if config.fuse_signs else 1) * (config.micro_batch_size or config.batch_size)

@@ -1,12 +1,14 @@
 """A model to be used: with an adapter, on the base that it was trained on and as that was held, inside its budget."""
 
-from collections.abc import Mapping
+import json
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import ModelFacts
-from agzo_edge.budget.plan import fitted_run
+from agzo_edge.budget.plan import Rung, fitted_run
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import AdapterError
 from agzo_edge.model.branch import set_learned
@@ -16,7 +18,8 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.setup import on_planned_device, require_usable_device
 from agzo_edge.preparation import on_adapters_layers
 from agzo_edge.record.adapter import base_model_of
-from agzo_edge.rundir import is_unfinished, load_changes, settings_in
+from agzo_edge.record.files import atomic_write_text
+from agzo_edge.rundir import JOURNAL_NAME, SETTINGS_NAME, load_changes, require_ended, settings_in
 
 # Settings by which a run holds its base, and those by which it makes rows and scores them.
 _OF_BASE = ("load_in_4bit", "load_in_8bit", "quant_type", "double_quant")
@@ -29,11 +32,7 @@ _OF_ROWS = (
 
 def base_of(adapter: Path) -> str | None:
     """The base model that an adapter names, if any. Raises AdapterError for no adapter, and for a run without one."""
-    if is_unfinished(adapter):
-        raise AdapterError(
-            f"{adapter}: the run has not ended: go on with it by `train --resume-from-checkpoint`, or make the adapter "
-            f"of its steps so far with `agzo-edge replay {adapter}`"
-        )
+    require_ended(adapter)
     return base_model_of(adapter)
 
 
@@ -51,17 +50,45 @@ def settings_of_run(adapter: Path, given: Mapping[str, Any], *, data_too: bool) 
     if data_too and "objective" not in given:
         names |= {*_OF_ROWS} - ({"labels"} if "options" in given else set())
     taken = {name: value for name, value in settings.items() if name in names}
-    reward = taken.get("reward")
-    if isinstance(reward, str) and ":" in reward and "reward" not in given:
-        raise AdapterError(
-            f"{adapter}: its run was rewarded by {reward}, code that is run only when you name it: --objective reward "
-            f"--reward {reward}"
-        )
+    _refuse_unnamed_code(adapter, taken, given)
     return taken
 
 
-def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> EdgeModel:
-    """The model of `config` and `facts`, with an adapter on it. Raises BudgetError, AdapterError and ModelError."""
+def settings_to_resume(directory: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of the run in `directory`; nothing where there is none. What lets code run must be `given` again.
+
+    Raises AdapterError where the run was rewarded by Python code that is not named.
+    """
+    if not (directory / JOURNAL_NAME).is_file():
+        return {}
+    unsettled = {"output_dir", "trust_remote_code"}  # the directory may have been moved
+    settings = {name: value for name, value in settings_in(directory).items() if name not in unsettled}
+    _refuse_unnamed_code(directory, settings, given)
+    return settings
+
+
+def keep_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Leave beside an adapter, taken out of its run's directory, how the run held its base and made its rows."""
+    kept = {name: settings[name] for name in (*_OF_BASE, *_OF_ROWS) if name in settings}
+    if kept:
+        atomic_write_text(directory / SETTINGS_NAME, json.dumps(kept, indent=2) + "\n")
+
+
+def _refuse_unnamed_code(place: Path, taken: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise AdapterError where `taken` settings, which may be anybody's, would run Python code as a reward."""
+    reward = taken.get("reward")
+    if isinstance(reward, str) and ":" in reward and "reward" not in given:
+        raise AdapterError(
+            f"{place}: its run was rewarded by {reward}, code that is run only when you name it: --objective reward "
+            f"--reward {shlex.quote(reward)}"
+        )
+
+
+def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> tuple[EdgeModel, Sequence[Rung]]:
+    """The model of `config` and `facts`, with an adapter on it, and the ways to work with it inside its budget.
+
+    Raises BudgetError, AdapterError and ModelError.
+    """
     changes = {} if adapter is None else load_changes(adapter)
     config = on_adapters_layers(config.model_copy(update={"guide": "none", "target_modules": None}), changes, facts)
     machine = machine_profile(config.profile)
@@ -70,4 +97,4 @@ def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> 
     with refused_as_budget(fitted.plan):
         loaded = load_model(str(config.model), fitted.config, trains=False)
     set_learned(loaded.branches, changes)
-    return loaded
+    return loaded, fitted.rungs

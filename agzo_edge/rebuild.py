@@ -12,7 +12,7 @@ from agzo_edge.errors import AdapterError, ConfigError
 from agzo_edge.model.branch import Branch, make_branches
 from agzo_edge.record.bases import WindowBases, load_bases
 from agzo_edge.record.journal import Journal
-from agzo_edge.record.replay_file import ReplayFile
+from agzo_edge.record.replay_file import ReplayFile, load_replay
 from agzo_edge.record.tensors import read_checked
 from agzo_edge.rundir import STATE_NAME, checkpoint_path, checkpoint_steps, read_run
 from agzo_edge.train.learner import Learner
@@ -155,3 +155,16 @@ def rebuilt(run: ReplayFile, *, until_step: int | None = None, skip: Container[i
         replay(learner, records, bases_of, skip=skip)
         _require_finite(learner)
     return learner
+
+
+def learned_in(
+    source: Path, *, until_step: int | None = None, skip: Container[int] = ()
+) -> tuple[Learner, Mapping[str, Any]]:
+    """The learner after a run, replayed from its directory or its file, and the run's header. Raises AdapterError."""
+    if source.is_file():
+        kept = load_replay(source)
+        return rebuilt(kept, until_step=until_step, skip=skip), kept.header
+    journal = read_run(source)
+    learner = learner_of(journal.header)
+    bring_up_to(learner, source, journal, until_step=until_step, from_start=True, skip=skip)
+    return learner, journal.header

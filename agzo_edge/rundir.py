@@ -4,7 +4,10 @@ journal.jsonl                  what every step did
 bases/step-N.safetensors       what the window of step N fixed
 best/                          the adapter that did best on the held-out examples
 checkpoint-N/                  the adapter after N steps, and the learner's state
-adapter_model.safetensors ...  the result
+adapter_model.safetensors ...  the result in PEFT's layout, with a card (README.md) and the tokenizer
+merged/                        with target = dequantized: the whole model
+runs/                          with report_to = tensorboard: its numbers
+run.lock                       while a process trains here
 evaluations.json               what the held-out examples said, and when
 report.json                    what it cost and what it gave
 """
@@ -12,6 +15,7 @@ report.json                    what it cost and what it gave
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -41,13 +45,14 @@ JOURNAL_NAME = "journal.jsonl"
 REPORT_NAME = "report.json"
 EVALUATIONS_NAME = "evaluations.json"
 BEST_NAME = "best"
+SETTINGS_NAME = "run_settings.json"  # beside an adapter that was taken out of its run's directory
 STATE_NAME = "learner_state.safetensors"
 
 # Settings that a resumed run may change; with a difference in any other it would be another run.
 _FREE_TO_CHANGE = {
     "output_dir", "profile", "device", "vram_limit", "ram_limit", "on_overflow", "eval_data", "eval_steps",
     "save_steps", "report_to", "max_steps", "model", "data", "metric_for_best_model", "early_stopping_patience",
-    "micro_batch_size", "fuse_signs", "mlp_chunk_tokens", "logits_chunk", "offload",
+    "micro_batch_size", "fuse_signs", "mlp_chunk_tokens", "logits_chunk", "offload", "reward_timeout_s",
 }  # fmt: skip
 
 _MUST_BE_THE_SAME = {
@@ -57,20 +62,19 @@ _MUST_BE_THE_SAME = {
 }
 
 
-def require_unused(directory: Path) -> None:
-    """Raise AdapterError, with what to do, when `directory` holds anything already."""
+def require_unused(directory: Path, *, flag: str = "--output-dir") -> None:
+    """Raise AdapterError, with what to do, when `directory`, which `flag` named, holds anything already."""
     if (directory / JOURNAL_NAME).exists():
-        raise AdapterError(
-            f"{directory} holds another run: go on with it by --resume-from-checkpoint, or choose another --output-dir"
-        )
+        go_on = "go on with it by --resume-from-checkpoint, or " if flag == "--output-dir" else ""
+        raise AdapterError(f"{directory} holds another run: {go_on}choose another {flag}")
     above = (directory, *directory.absolute().parents)
     nearest = next(path for path in above if os.path.exists(path))  # noqa: PTH110  # Path's raises PermissionError
     if not nearest.is_dir():
-        raise AdapterError(f"{nearest} is a file: choose another --output-dir")
+        raise AdapterError(f"{nearest} is a file: choose another {flag}")
     if not os.access(nearest, os.W_OK):
-        raise AdapterError(f"{nearest} cannot be written to: choose another --output-dir, or change its permissions")
+        raise AdapterError(f"{nearest} cannot be written to: choose another {flag}, or change its permissions")
     if directory.exists() and any(not _is_leftover(path) for path in directory.iterdir()):
-        raise AdapterError(f"{directory} is not empty: choose another --output-dir")
+        raise AdapterError(f"{directory} is not empty: choose another {flag}")
 
 
 def _is_leftover(path: Path) -> bool:
@@ -210,6 +214,12 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
     atomic_write_text(directory / REPORT_NAME, json.dumps(report, indent=2) + "\n")
 
 
+def withdraw_report(directory: Path) -> None:
+    """Remove report.json, of a finished run that is now made longer."""
+    with writing(directory):
+        (directory / REPORT_NAME).unlink(missing_ok=True)
+
+
 def keep_evaluations(directory: Path, evaluations: Mapping[int, Metrics], *, data_sha256: str) -> None:
     """Leave what every evaluation on some data found, so that a resumed run still knows where it came from."""
     found = {str(step): metrics.as_json() for step, metrics in sorted(evaluations.items())}
@@ -250,13 +260,22 @@ def _are_numbers(metrics: Metrics) -> bool:
     return pairs and all(type(x) in (int, float) for x in chain(told, *spans))
 
 
-def is_unfinished(directory: Path) -> bool:
-    """Whether a run in `directory` has left no adapter yet."""
-    return (directory / JOURNAL_NAME).is_file() and not (directory / CONFIG_NAME).is_file()
+def require_ended(directory: Path) -> None:
+    """Raise AdapterError, with what to do, where a run in `directory` has left no adapter yet."""
+    if (directory / JOURNAL_NAME).is_file() and not (directory / CONFIG_NAME).is_file():
+        raise AdapterError(
+            f"{directory}: the run has not ended: go on with it by `train --resume-from-checkpoint`, or make the "
+            f"adapter of its steps so far with `agzo-edge replay {shlex.quote(str(directory))}`"
+        )
 
 
 def settings_in(directory: Path) -> Mapping[str, Any]:
     """The settings of the run that made the adapter in `directory`, or in a folder of the run's; none where unknown."""
+    if (directory / SETTINGS_NAME).is_file():
+        try:
+            return strict_object((directory / SETTINGS_NAME).read_bytes())
+        except (OSError, ValueError):
+            return {}
     journals = (place / JOURNAL_NAME for place in (directory, directory.absolute().parent))
     found = next((path for path in journals if path.is_file()), None)
     header = None if found is None else read_header(found)

@@ -8,17 +8,18 @@ from agzo_edge.errors import ConfigError
 from agzo_edge.events import Evaluated, Event, Stepped
 
 
-def with_tensorboard(events: Generator[Event], run_dir: Path) -> Generator[Event]:
-    """The same events, each number among them also written to `run_dir`/runs.
-
-    Raises ConfigError, before the first event, when tensorboard is not installed.
-    """
+def require_tensorboard() -> None:
+    """Raise ConfigError when tensorboard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError:
-        raise ConfigError(
-            'report_to is tensorboard, which is not installed: pip install "agzo-edge[tensorboard]"'
-        ) from None
+        raise ConfigError("report_to is tensorboard, which is not installed: pip install tensorboard") from None
+
+
+def with_tensorboard(events: Generator[Event], run_dir: Path) -> Generator[Event]:
+    """The same events, each number among them also written to `run_dir`/runs."""
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = None
     waiting: list[tuple[int, dict[str, float]]] = []
     try:

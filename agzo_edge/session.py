@@ -37,6 +37,7 @@ from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_model
 from agzo_edge.model.memory import expect_outside_torch, refused_as_budget
 from agzo_edge.model.runtime import EdgeModel
+from agzo_edge.paths import lasting
 from agzo_edge.preparation import on_adapters_layers, planned_run, run_data
 from agzo_edge.rebuild import bring_up_to, compute_as_begun
 from agzo_edge.record.journal import JournalWriter
@@ -53,9 +54,10 @@ from agzo_edge.rundir import (
     require_unused,
     save_checkpoint,
     save_result,
+    withdraw_report,
     write_report,
 )
-from agzo_edge.scalars import with_tensorboard
+from agzo_edge.scalars import require_tensorboard, with_tensorboard
 from agzo_edge.serve.dequantized import save_dense_model
 from agzo_edge.serve.generate import TextModel
 from agzo_edge.train.goal import goal_of
@@ -78,12 +80,15 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     needed = {"--model": config.model, "--data": config.data, "--output-dir": config.output_dir}
     if missing := [flag for flag, value in needed.items() if value is None]:
         raise ConfigError(f"a run needs {' and '.join(missing)} as well; without a model and data the demo runs")
+    if config.report_to == "tensorboard":
+        require_tensorboard()
     out = Path(str(config.output_dir))
     found = (out / JOURNAL_NAME).exists()
     to_know = (f"there is nothing to resume in {out}: this is a new run",) if resume and not found else ()
     resume = resume and found  # a run killed before its first step begins again
     if not resume:
         require_unused(out)
+    config = config.model_copy(update={"model": lasting(str(config.model))})  # all that the run leaves says it so
     facts = model_facts(str(config.model))  # first of all: a model that is not there is refused at once
     changes = load_changes(Path(config.adapter)) if config.adapter else {}
     config = on_adapters_layers(config, changes, facts)
@@ -174,6 +179,7 @@ class _Session:
             yield self._ready(first_step)
             if self.evaluations.is_due(first_step):  # unless the stop came after it
                 yield from self.evaluations.made(first_step, partial(self._save_best, learner, header))
+            withdraw_report(self.out)
             with JournalWriter.resume(self.out / JOURNAL_NAME) as journal:
                 yield from self._trained(learner, journal, header, mu=header["mu"])
             yield from self._finished(learner, header, header["answers"])

@@ -19,9 +19,10 @@ import transformers
 from environment import SHARED, environment, leave_result, parser_of
 from learning_tasks import TASKS, TRAINING_ROWS, spread
 
-from agzo_edge.config import PRESETS, config_from
+from agzo_edge.config import config_from
 from agzo_edge.errors import NonFiniteLossError
 from agzo_edge.events import Evaluated, WentBack
+from agzo_edge.presets import PRESETS
 from agzo_edge.session import training
 
 MODELS = ("stories260K", "tiny-novels", "tinystories-chat-3m")

@@ -10,14 +10,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "agzo_edge"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
 # Lowest first; what stands on one line knows nothing of its neighbours.
 LAYERS = [
-    {"errors", "units", "templates", "data_config", "config", "writers"},
+    {"errors", "units", "templates", "data_config", "config", "paths", "presets", "writers"},
     {"budget", "numerics"},
     {"model", "record"},
     {"train"},
     {"serve", "demo"},
     {"events", "rundir"},
     {"footprint"},
-    {"scalars", "account", "evaluations", "preparation", "rebuild"},
+    {"scalars", "account", "evaluations", "preparation", "rebuild", "run_report"},
     {"session", "loading"},
     {"api"},
     {"cli"},

@@ -15,7 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import agzo_edge
+from agzo_edge import errors
 from agzo_edge.cli.run import exit_code_of
+from agzo_edge.config import config_from
 from agzo_edge.errors import AgzoError, ConfigError
 
 QUICK = ("--device", "cpu", "--max-steps", "2", "--batch-size", "2", "--max-seq-length", "48")
@@ -446,10 +448,25 @@ def test_what_is_missing_is_named(bench: Bench) -> None:
         ('rank = "x"\neval_steps = -1\n', ("rank", "eval_steps")),
         ("rank = \n", ("run.toml", "cannot be read as TOML", "line 1")),
         ("rank = 3\n[method]\nrank = 4\n", ("run.toml", "set twice: rank")),
+        ('preset = ["fast"]\n', ("preset ['fast'] does not exist",)),
+        ("target_modules = 5\n", ("target_modules: 5 given",)),
     ],
 )
 def test_a_file_of_settings_that_cannot_be_used(bench: Bench, content: str, named: tuple[str, ...]) -> None:
     bench.refused(bench.train("--config", bench.file("run.toml", content)), *named)
+
+
+@pytest.mark.parametrize("name", ["model", "adapter", "data", "eval_data", "output_dir"])
+def test_a_home_is_found_wherever_a_path_is_given(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert getattr(config_from({name: "~/notes"}), name) == str(tmp_path / "notes")
+    with pytest.raises(ConfigError, match="nobody has this home"):
+        config_from({name: "~nosuchuser/notes"})
+
+
+@pytest.mark.parametrize("flag", ["--model", "--adapter", "--profile"])
+def test_the_home_of_nobody(bench: Bench, flag: str) -> None:
+    bench.refused(["generate", "--prompt", "one", flag, "~nosuchuser/x"], "~nosuchuser/x", "home")
 
 
 def test_a_file_of_settings_that_is_not_there(bench: Bench) -> None:
@@ -462,8 +479,6 @@ def test_a_profile_with_an_unknown_field(bench: Bench) -> None:
 
 
 def test_a_later_source_says_the_width() -> None:
-    from agzo_edge.config import config_from
-
     assert not config_from({"load_in_8bit": True}, {"load_in_4bit": True}).load_in_8bit
     assert not config_from({"load_in_4bit": True}, {"load_in_8bit": True}).load_in_4bit
 
@@ -479,6 +494,10 @@ def test_sampling_that_cannot_be_used(bench: Bench, command: str, flag: str, val
 
 def test_a_conversation_with_a_model_that_has_no_template(bench: Bench) -> None:
     bench.refused(["chat", "--model", bench.model], "no chat template", "generate --prompt")
+
+
+def test_a_prompt_from_bytes_that_are_no_utf8(bench: Bench) -> None:
+    bench.refused(["generate", "--model", bench.model, "--prompt", "caf\udce9"], "the prompt is no text")
 
 
 @pytest.mark.parametrize("command", ["generate", "eval"])
@@ -539,6 +558,12 @@ def test_a_directory_that_holds_no_run(bench: Bench, arguments: list[str]) -> No
     bench.refused([argument.format(bench.root) for argument in arguments], bench.root, "no ")
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"finished": true, "evaluations": [1], "samples": []}'])
+def test_a_report_that_is_damaged_or_not_a_runs(bench: Bench, content: str) -> None:
+    bench.file("report.json", content)
+    bench.refused(["report", str(bench.root)], "report.json")
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "generate"])
 def test_an_adapter_of_another_model(bench: Bench, command: str) -> None:
     assert bench.run(bench.train())[0] == 0
@@ -566,6 +591,11 @@ def test_with_json_the_failure_is_an_object_on_stdout(bench: Bench) -> None:
     assert last["error"]["kind"] == "DataError"
     assert "nowhere.jsonl" in last["error"]["message"]
     assert not bench.out.exists()
+
+
+def test_every_error_can_be_caught_by_its_public_name() -> None:
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, AgzoError)}
+    assert kinds <= set(agzo_edge.__all__)
 
 
 def test_the_python_api_refuses_the_same_way(bench: Bench) -> None:

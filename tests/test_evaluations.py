@@ -2,11 +2,14 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+import agzo_edge
 from agzo_edge import demo
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import ConfigError
@@ -14,6 +17,7 @@ from agzo_edge.events import Evaluated, Event, Finished, Stepped
 from agzo_edge.rundir import keep_evaluations, kept_evaluations
 from agzo_edge.session import training
 from agzo_edge.train.best import best_step, out_of_patience
+from agzo_edge.train.data import Batch, Example, collate
 from agzo_edge.train.evaluate import Metrics
 
 
@@ -102,3 +106,20 @@ def test_a_stopped_run_ends_early_where_the_whole_one_does(tmp_path: Path) -> No
 def test_what_no_evaluation_tells_is_refused(settings: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         config_from({"model": "m", "data": "d"}, settings)
+
+
+def test_an_evaluation_works_in_the_pieces_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def noted(examples: Sequence[Example], **named: Any) -> Batch:
+        sizes.append(len(examples))
+        return collate(examples, **named)
+
+    monkeypatch.setattr("agzo_edge.train.evaluate.collate", noted)
+    data = str(demo.DATA_DIR / demo.VALID_NAME)
+    whole = agzo_edge.evaluate(str(demo.MODEL_DIR), data, batch_size=8)
+    assert max(sizes) > 3
+    sizes.clear()
+    pieces = agzo_edge.evaluate(str(demo.MODEL_DIR), data, batch_size=8, micro_batch_size=3, fuse_signs=False)
+    assert max(sizes) == 3
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-5)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import agzo_edge
 from agzo_edge import demo
 from agzo_edge.config import RunConfig, config_from
-from agzo_edge.errors import AdapterError, BudgetBrokenError, BudgetError, ConfigError
+from agzo_edge.errors import AdapterError, BudgetBrokenError, BudgetError, ConfigError, ModelError
 from agzo_edge.events import Evaluated, Event, Finished, Moved, Planned, Saved, Stepped, WentBack
 from agzo_edge.record.journal import JournalWriter, read_journal
 from agzo_edge.session import training
@@ -213,12 +213,34 @@ def test_an_adapter_is_used_on_its_base_as_it_was_held_and_scored_by_its_runs_ob
     scored = agzo_edge.evaluate(data=str(data), adapter=tmp_path / "run")
     assert scored.accuracy is not None
     assert scored.loss == pytest.approx(after.loss, rel=1e-6)
-    model = agzo_edge.load(adapter=tmp_path / "run" / "best").model
-    assert model.quantization == "none"
+    agzo_edge.replay(tmp_path / "run", output=tmp_path / "replayed")
+    agzo_edge.export(tmp_path / "run" / "best", to="peft", output=tmp_path / "peft")
+    for place in ("run/best", "replayed", "peft"):
+        assert agzo_edge.load(adapter=tmp_path / place).model.quantization == "none"
     assert agzo_edge.load(adapter=tmp_path / "run", load_in_8bit=True).model.quantization == "int8"
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "Ahoy there, matey!"}\n')
     assert agzo_edge.evaluate(data=str(text), adapter=tmp_path / "run", objective="lm").accuracy is None
+
+
+def test_an_adapter_finds_the_base_that_its_run_named_from_another_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(demo.MODEL_DIR, tmp_path / "models" / "tiny")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trained(Path("run"), model="models/tiny", max_steps=1)
+    assert "base_model:" not in (tmp_path / "run" / "README.md").read_text(), "a directory is no hub id"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert agzo_edge.load(adapter=Path("../run")).model.source == str(tmp_path / "models" / "tiny")
+
+
+def test_an_adapter_without_a_base_is_not_put_on_the_demos_model(whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    config = tmp_path / "run" / "adapter_config.json"
+    config.write_text(config.read_text().replace(json.dumps(str(demo.MODEL_DIR)), '""'))
+    with pytest.raises(ModelError, match="names no base model"):
+        agzo_edge.load(adapter=tmp_path / "run")
 
 
 def test_an_adapter_does_not_say_what_code_is_run(whole_run: Path, tmp_path: Path) -> None:
@@ -233,6 +255,8 @@ def test_an_adapter_does_not_say_what_code_is_run(whole_run: Path, tmp_path: Pat
     data.write_text('{"prompt": "touch ' + str(tmp_path / "ran") + '"}\n')
     with pytest.raises(AdapterError, match="os:system, code that is run only when you name it"):
         agzo_edge.evaluate(data=str(data), adapter=run_dir)
+    with pytest.raises(AdapterError, match="os:system, code that is run only when you name it"):
+        agzo_edge.finetune(output_dir=str(run_dir), resume=True)
     assert not (tmp_path / "ran").exists()
     (run_dir / "journal.jsonl").write_bytes(b"damaged\n")  # the adapter itself is sound
     assert agzo_edge.load(adapter=run_dir).model.quantization == "nf4"
@@ -268,6 +292,8 @@ def test_an_adapter_of_a_run_that_has_not_ended_is_no_adapter_yet(tmp_path: Path
     events.close()
     with pytest.raises(AdapterError, match=r"has not ended.*--resume-from-checkpoint.*replay"):
         agzo_edge.load(adapter=tmp_path / "run")
+    with pytest.raises(AdapterError, match="has not ended"):
+        agzo_edge.export(tmp_path / "run", to="peft", output=tmp_path / "peft")
 
 
 def test_a_replay_until_a_step_gives_that_checkpoint(whole_run: Path, tmp_path: Path) -> None:
@@ -294,9 +320,18 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(whole_run: Path, t
     assert adapter_of(run_dir) == adapter_of(whole_run)
 
 
+def test_a_run_made_longer_and_stopped_is_not_reported_as_finished(tmp_path: Path) -> None:
+    trained(tmp_path / "run", max_steps=2)
+    assert agzo_edge.report(tmp_path / "run")["finished"]
+    events = training(config_of(tmp_path / "run", max_steps=6), resume=True)
+    next(event for event in events if isinstance(event, Stepped))
+    events.close()
+    assert not agzo_edge.report(tmp_path / "run")["finished"]
+
+
 def test_a_run_can_be_made_longer(whole_run: Path, tmp_path: Path) -> None:
     trained(tmp_path / "run", max_steps=5)
-    trained(tmp_path / "run", resume=True)
+    trained(tmp_path / "run", resume=True, reward_timeout_s=3.0)
     assert adapter_of(tmp_path / "run") == adapter_of(whole_run)
 
 
@@ -394,9 +429,19 @@ def test_the_demo_learns_its_voice(tmp_path: Path) -> None:
 
 
 def test_a_run_in_one_file_gives_the_same_adapter(whole_run: Path, tmp_path: Path) -> None:
-    file = agzo_edge.export(whole_run, to="replay", output=tmp_path / "run.safetensors")
-    agzo_edge.replay(file, output=tmp_path / "replayed")
-    assert adapter_of(tmp_path / "replayed") == adapter_of(whole_run)
+    file = agzo_edge.export(whole_run, to="replay", output=tmp_path / "new" / "run")  # a name without a suffix
+    replayed = agzo_edge.replay(file)
+    assert replayed == tmp_path / "new" / "run-replayed"
+    assert adapter_of(replayed) == adapter_of(whole_run)
+    with pytest.raises(AdapterError, match=r"choose another --output$"):
+        agzo_edge.replay(file)
+
+
+def test_a_wrong_wish_to_export_is_refused_by_name(whole_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="to is replay, which has no dtype"):
+        agzo_edge.export(whole_run, to="replay", output=tmp_path / "run", dtype="float16")
+    with pytest.raises(ConfigError, match="choose one of peft, merged, gguf, replay"):
+        agzo_edge.export(whole_run, to="onnx", output=tmp_path / "run")
 
 
 def test_skipped_steps_leave_the_sum_and_nothing_else(whole_run: Path, tmp_path: Path) -> None:
@@ -431,8 +476,14 @@ def test_a_damaged_checkpoint_is_named_and_the_journal_suffices_without_it(whole
     with pytest.raises(AdapterError, match="checkpoint-6"):
         trained(tmp_path / "run", resume=True, max_steps=STEPS + 1)
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
-    trained(tmp_path / "run", resume=True)
+    trained(tmp_path / "run", resume=True, reward_timeout_s=3.0)
     assert adapter_of(tmp_path / "run") == adapter_of(whole_run)
+
+
+def test_a_missing_tensorboard_is_told_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        next(training(config_of(tmp_path / "run", report_to="tensorboard")))
 
 
 def test_tensorboard_gets_the_runs_numbers(tmp_path: Path) -> None:
@@ -446,8 +497,9 @@ def test_a_limit_that_is_passed_ends_the_run_and_it_can_be_resumed(tmp_path: Pat
     next(event for event in events if isinstance(event, Stepped))
     assert events.gi_frame is not None
     events.gi_frame.f_locals["session"].guard.limit_bytes = 1  # as if all of it were passed by the step that was taken
-    with pytest.raises(BudgetBrokenError, match="resume-from-checkpoint"):
+    with pytest.raises(BudgetBrokenError, match="resume-from-checkpoint") as broken:
         next(events)
+    assert "--max-seq-length" not in str(broken.value), "a resumed run has the same rows"
     assert len(trained(tmp_path / "run", resume=True)) > 0
 
 

@@ -135,7 +135,7 @@ def disk_room(output_dir: str | None) -> DiskRoom:
     cache_bytes = shutil.disk_usage(cache).free
     if output_dir is None:
         return DiskRoom(None, cache_bytes, is_one_disk=False)
-    place = _there(Path(output_dir).expanduser())
+    place = _there(Path(output_dir))
     return DiskRoom(disk_bytes_for(output_dir), cache_bytes, place.stat().st_dev == cache.stat().st_dev)
 
 
@@ -152,7 +152,7 @@ def _there(place: Path) -> Path:
 
 def disk_bytes_for(directory: str) -> int:
     """What a run in `directory` may take of the disk that it lies on, or would: what is free, and what it has there."""
-    place = Path(directory).expanduser().absolute()
+    place = Path(directory).absolute()
     free = shutil.disk_usage(_there(place)).free
     begun = place.rglob("*") if (place / "journal.jsonl").is_file() else ()  # of anything else not a file is looked at
     return free + sum(path.lstat().st_size for path in begun if path.is_file())

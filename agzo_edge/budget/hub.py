@@ -24,9 +24,9 @@ def open_checkpoint(source: str) -> Checkpoint:
     Raises ModelError when neither exists, or what is there cannot be read.
     """
     try:
-        path = Path(source).expanduser()
+        path = Path(source)
         is_directory, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, a user who is not there, a zero byte
+    except (OSError, ValueError) as error:  # too long a name, a zero byte
         raise ModelError(f"{source[:100]}: names no directory and no model: {error}") from None
     if is_directory:
         return read_checkpoint(path, source=source)

@@ -161,7 +161,7 @@ class Job:
     @property
     def data_is_of_hub(self) -> bool:
         """Whether the rows come from a data set of the hub, and not from a file or a directory."""
-        return self.config.data is not None and not Path(self.config.data).expanduser().exists()
+        return self.config.data is not None and not Path(self.config.data).exists()
 
     def place_of(self, part: Literal["embeddings", "layers"]) -> Where:
         """Where `part` is held: on a CPU what waits is in a mapped file, beside a GPU in the host's memory."""

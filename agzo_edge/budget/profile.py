@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from agzo_edge.config import Bytes, RunConfig, config_from
 from agzo_edge.errors import ConfigError, numbered
+from agzo_edge.paths import expanded
 from agzo_edge.units import format_bytes
 
 
@@ -69,14 +70,19 @@ def load_profile(name_or_path: str) -> Profile:
 
     Raises ConfigError for an unknown name, with the close ones, and for a file with a wrong field.
     """
+    return _read(profile_file(name_or_path), name_or_path)
+
+
+def profile_file(name_or_path: str) -> Traversable:
+    """The file of that profile. Raises ConfigError for an unknown name, with the close ones."""
     if name_or_path.endswith(".toml") or "/" in name_or_path or "\\" in name_or_path:
-        return _read(Path(name_or_path), name_or_path)
+        return Path(expanded(name_or_path))
     if name_or_path not in profile_names():
         raise ConfigError(
             f"profile {name_or_path!r} does not exist{_did_you_mean(name_or_path, profile_names())}. "
             f"There are auto, {', '.join(profile_names())}; or give the path of a .toml file"
         )
-    return _read(profile_folder() / f"{name_or_path}.toml", name_or_path)
+    return profile_folder() / f"{name_or_path}.toml"
 
 
 def profile_names() -> tuple[str, ...]:
@@ -98,7 +104,6 @@ def profile_folder() -> Traversable:
 
 def _read(file: Traversable, origin: str) -> Profile:
     try:
-        file = file.expanduser() if isinstance(file, Path) else file
         fields = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"profile {origin}: no such file") from None

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def json_line(value: Any) -> str:
-    """`value` on one line; what is no JSON number (a NaN) becomes null, a path its text."""
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+    """`value` on one line of ASCII, as any terminal writes it; a NaN becomes null, a path its text."""
+    return json.dumps(_plain(value), allow_nan=False)
 
 
 def error_object(error: BaseException, *, exit_code: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.text import Text
 
 from agzo_edge.cli.as_json import json_line
 
@@ -31,7 +30,8 @@ def print_lines(console: Console, lines: Sequence[RenderableType]) -> None:
 
 def say(text: str) -> None:
     """Write `text` to stdout exactly as it is."""
-    stdout_console().print(Text(text), soft_wrap=True)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def write_json(value: Any) -> None:

@@ -43,8 +43,6 @@ class Course:
                 self.evaluations[step] = metrics
             case events.Stepped(timed=timed):
                 self._take_step(timed)
-            case events.MuChosen() | events.Saved() | events.Finished():
-                pass
 
     def _take_step(self, timed: "TimedStep") -> None:
         if self.training_start_s is None:

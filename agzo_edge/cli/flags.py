@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from agzo_edge.config import PRESETS
+from agzo_edge.presets import PRESETS
 
 ConfigFile = Annotated[
     Path | None,
@@ -26,7 +26,4 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the memory plan an
 Adapter = Annotated[str | None, typer.Option(metavar="DIR", help="Adapter to put on the model.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The --output-dir of a run.")]
 Prompt = Annotated[str, typer.Option(metavar="TEXT", help="What to answer; - reads it from stdin.")]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer.")]
-Temperature = Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token; more is more varied.")]
-TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Choose among the likeliest tokens of this share.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the choice.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message that the conversation begins with.")]

@@ -5,13 +5,15 @@ default is None, not given: which default holds is decided where the sources of 
 """
 
 import inspect
+import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
-from agzo_edge.config import Bytes, RunConfig
+from agzo_edge.config import Bytes, RunConfig, Sampling, sampling_from
+from agzo_edge.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -29,10 +31,11 @@ _ORDER = ("Model", "Data", "Method", "Memory", "Output")
 _LIMITS = {"ge": "from {}", "gt": "over {}", "le": "to {}", "lt": "below {}"}
 
 
-def with_settings(*panels: str, without: Collection[str] = ()) -> Callable[[Command], Command]:
+def with_settings(*panels: str, without: Collection[str] = (), sampling: bool = False) -> Callable[[Command], Command]:
     """A decorator that gives a command's `**settings` the flags of `panels`; no panel is all of them.
 
-    A parameter that the command spells out itself wins over the field of that name.
+    With `sampling` also those of `Sampling`; `sampling_apart` takes them out again. A parameter that the command spells
+    out itself wins over the field of that name.
     """
 
     def decorate(command: Command) -> Command:
@@ -41,7 +44,9 @@ def with_settings(*panels: str, without: Collection[str] = ()) -> Callable[[Comm
         fields = {name: field for name, field in RunConfig.model_fields.items() if name not in taken}
         shown = [name for name in fields if panel_of(name) in (panels or _ORDER)]
         shown.sort(key=lambda name: _ORDER.index(panel_of(name)))
-        flags = [flag(name, fields[name]) for name in shown]
+        flags = [flag(name, fields[name], panel=panel_of(name)) for name in shown]
+        of_text = Sampling.model_fields if sampling else {}
+        flags = [flag(name, field, panel="Text") for name, field in of_text.items()] + flags
         command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
         return command
 
@@ -53,21 +58,27 @@ def panel_of(name: str) -> str:
     return _PANELS.get(name, "Method")
 
 
-def flag(name: str, field: FieldInfo) -> inspect.Parameter:
+def flag(name: str, field: FieldInfo, *, panel: str) -> inspect.Parameter:
     """The flag of a field, as a parameter that typer reads."""
     kind, metavar = _kind_of(field.annotation)
-    option = typer.Option(help=_help_of(field), metavar=metavar, rich_help_panel=panel_of(name), show_default=False)
+    option = typer.Option(help=_help_of(name, field), metavar=metavar, rich_help_panel=panel, show_default=False)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]  # a value, no type
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def given(settings: Mapping[str, object]) -> dict[str, Any]:
-    """The settings whose flags were given, with lists of names taken apart at their commas."""
+    """The settings whose flags were given, with lists taken apart. Raises UsageError for a list that cannot be read."""
     return {
-        name: _names(value) if isinstance(value, str) and _is_names(name) else value
+        name: _pieces(name, value) if isinstance(value, str) and _is_list(name) else value
         for name, value in settings.items()
         if value is not None
     }
+
+
+def sampling_apart(settings: Mapping[str, object]) -> tuple[Sampling, dict[str, Any]]:
+    """What the flags of a command `with_settings(sampling=True)` gave: how to sample, and all else."""
+    ours = {name: value for name, value in settings.items() if name in Sampling.model_fields}
+    return sampling_from(ours), given({name: value for name, value in settings.items() if name not in ours})
 
 
 def as_flags(settings: Mapping[str, object]) -> list[str]:
@@ -78,8 +89,14 @@ def as_flags(settings: Mapping[str, object]) -> list[str]:
         if isinstance(value, bool):
             words.append(spelled if value else "--no-" + spelled[2:])
         elif value is not None:
-            words += [spelled, ",".join(value) if isinstance(value, tuple) else str(value)]
+            words += [spelled, _joined(value) if isinstance(value, tuple) else str(value)]
     return words
+
+
+def _joined(pieces: tuple[str, ...]) -> str:
+    """The text that `given` takes apart into `pieces` again."""
+    text = ",".join(pieces)
+    return json.dumps(pieces) if text.startswith("[") or any("," in piece for piece in pieces) else text
 
 
 def _kind_of(annotation: Any) -> tuple[Any, str | None]:
@@ -108,9 +125,12 @@ def _word(kind: Any) -> str:
     return "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else str(kind.__name__).upper()
 
 
-def _help_of(field: FieldInfo) -> str:
-    """The description, with the default and the range where there are any."""
+def _help_of(name: str, field: FieldInfo) -> str:
+    """The description, with how a list is written, and the default and the range where there are any."""
     notes = [", ".join(map(str, get_args(field.annotation)))] if get_origin(field.annotation) is Literal else []
+    notes += (
+        ["each exactly as between the commas, or as a JSON list"] if _is_list(name) and name != "target_modules" else []
+    )
     notes += [] if field.default is None else [f"default: {_spelled(field.default)}"]
     limits = ((word, getattr(limit, bound, None)) for limit in field.metadata for bound, word in _LIMITS.items())
     span = " ".join(word.format(_spelled(limit)) for word, limit in limits if limit is not None)
@@ -126,9 +146,18 @@ def _spelled(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _is_names(name: str) -> bool:
+def _is_list(name: str) -> bool:
     return name in RunConfig.model_fields and _kind_of(RunConfig.model_fields[name].annotation)[1] == "NAME,NAME"
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _pieces(name: str, text: str) -> tuple[str, ...]:
+    """What a list holds: an option keeps the space that it begins with, the name of a layer has none."""
+    if name == "target_modules":
+        return tuple(piece.strip() for piece in text.split(",") if piece.strip())
+    if not text.startswith("["):
+        return tuple(text.split(","))
+    try:
+        pieces = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--{name} {text}: begins as a JSON list and is none: {error}") from None
+    return tuple(map(str, pieces))

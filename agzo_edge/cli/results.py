@@ -125,7 +125,7 @@ def profiles(
     as_json: AsJson = False,
 ) -> None:
     """List the machine profiles, or show one: `profiles show NAME`."""
-    from agzo_edge.budget.profile import load_profile, profile_folder, profile_names
+    from agzo_edge.budget.profile import load_profile, profile_file, profile_names
 
     if action is None:
         known = [load_profile(each) for each in profile_names()]
@@ -140,4 +140,4 @@ def profiles(
     if as_json:
         write_json(profile.model_dump(mode="json"))
     else:
-        say((profile_folder() / f"{name}.toml").read_text(encoding="utf-8").rstrip("\n"))
+        say(profile_file(name).read_text(encoding="utf-8").rstrip("\n"))

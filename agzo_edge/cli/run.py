@@ -17,6 +17,8 @@ from agzo_edge.errors import AgzoError, UsageError
 # newer ones carry their own copy of click.
 _WRONG_USAGE: type[Exception] = typer.BadParameter.__bases__[0]
 
+ABORTED = 130  # as after Ctrl-C
+
 
 def exit_code_of(arguments: Sequence[str]) -> int:
     """Run the command that `arguments` name; its exit code.
@@ -25,7 +27,7 @@ def exit_code_of(arguments: Sequence[str]) -> int:
     What nobody foresaw is raised.
     """
     as_json = "--json" in arguments
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without our block characters shows "?"
     try:
@@ -34,6 +36,8 @@ def exit_code_of(arguments: Sequence[str]) -> int:
             return code if isinstance(code, int) else 0
     except (AgzoError, Stopped) as error:
         return _failed(error, exit_code=error.exit_code, as_json=as_json)
+    except typer.Abort:  # Ctrl-D at a question
+        return _failed(AgzoError("stopped: a question had no answer"), exit_code=ABORTED, as_json=as_json)
     except _WRONG_USAGE as error:
         return _failed(_usage_error(error), exit_code=UsageError.exit_code, as_json=as_json)
     except Exception as error:

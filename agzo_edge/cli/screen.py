@@ -156,7 +156,8 @@ def report_lines(report: Mapping[str, Any]) -> list[RenderableType]:
     told = {name: value for name, value in report.items() if name not in tables and value is not None}
     parts: list[RenderableType] = [*facts_lines(told)]
     evaluations = report.get("evaluations") or {}
-    losses = [evaluations[step]["loss"] for step in sorted(evaluations, key=int)]
+    told_losses = (evaluations[step]["loss"] for step in sorted(evaluations, key=int))
+    losses = [loss for loss in told_losses if loss is not None]  # null: it was not finite
     if losses:
         parts.append(
             Text.assemble(

@@ -56,6 +56,16 @@ def handled_signals() -> Iterator[StopSignals]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C is a KeyboardInterrupt for whoever can go on after it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def stoppable(items: Iterable[T], stop: StopSignals, *, defer_from: type) -> Iterator[T]:
     """The items; from the first of type `defer_from` on, a signal waits until the item at hand was used."""
     try:

@@ -45,7 +45,7 @@ def save_sweep_image(sweep: "Sweep", file: Path) -> None:
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError('--sweep-image needs matplotlib: pip install "agzo-edge[plots]"') from None
+        raise UsageError("--sweep-image needs matplotlib: pip install matplotlib") from None
     rows = _rows(sweep.cells)
     outcomes = list(_MARKS)
     figure = Figure(figsize=(1.1 * len(rows[0]) + 1, 0.6 * len(rows) + 1.2), layout="constrained")

@@ -1,7 +1,9 @@
 """`train` and `plan`."""
 
+import shlex
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +11,7 @@ import typer
 
 from agzo_edge.cli.consoles import print_lines, stdout_console, write_json
 from agzo_edge.cli.flags import AsJson, ConfigFile, DryRun, Preset, Resume
-from agzo_edge.cli.options import given, with_settings
+from agzo_edge.cli.options import as_flags, given, with_settings
 from agzo_edge.cli.screen import comparison, fact, plan_table, verdict
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import BudgetError
@@ -36,8 +38,10 @@ def train(
     if dry_run:
         show_plan(api.plan(config_file=config_file, preset=preset, **given(settings)), as_json=as_json)
         return
-    config = api.resolve(given(settings), config_file=config_file, preset=preset, resume=resume)
-    resume = resume or (not as_json and _wants_to_resume(config))
+    resolved = partial(api.resolve, given(settings), config_file=config_file, preset=preset)
+    config = resolved(resume=resume)
+    if not resume and not as_json and _wants_to_resume(config):
+        resume, config = True, resolved(resume=True)
     _watched(config, context.obj, resume=resume, as_json=as_json)
 
 
@@ -67,13 +71,20 @@ def _watched(config: RunConfig, stop: "StopSignals", *, resume: bool, as_json: b
     from agzo_edge.session import training
 
     hide_loading_bars()
-    stop.remedy = f"go on with --output-dir {config.output_dir} --resume-from-checkpoint"
+    stop.remedy = f"go on with {_to_resume(config)}"
     with closing(training(config, resume=resume)) as events:
         watched = stoppable(events, stop, defer_from=Stepped)
         if as_json:
             watch_json(watched)
         else:
             watch(watched, stdout_console())
+
+
+def _to_resume(config: RunConfig) -> str:
+    """The flags that go on with a run: its directory, and what lets code run, which no file may say."""
+    code = {"objective": "reward", "reward": config.reward} if ":" in (config.reward or "") else {}
+    words = as_flags({"output_dir": config.output_dir, **code, "trust_remote_code": config.trust_remote_code or None})
+    return shlex.join([*words, "--resume-from-checkpoint"])
 
 
 @with_settings()

@@ -1,40 +1,50 @@
 """`generate`, `chat` and `eval`: a model with its adapter at work."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+import sys
+from functools import partial
+from typing import Annotated
 
 import typer
 
 from agzo_edge.cli.as_json import metrics_object
 from agzo_edge.cli.consoles import say, stdout_console, write_json
-from agzo_edge.cli.flags import Adapter, AsJson, MaxNewTokens, Prompt, Seed, Temperature, TopP
-from agzo_edge.cli.options import given, with_settings
+from agzo_edge.cli.flags import Adapter, AsJson, Prompt, System
+from agzo_edge.cli.options import given, sampling_apart, with_settings
 from agzo_edge.cli.screen import metrics_table, samples_table
-from agzo_edge.config import Sampling, sampling_from
 from agzo_edge.errors import ModelError, UsageError
 
 
-@with_settings("Model", "Memory")
+@with_settings("Model", "Memory", sampling=True)
 def generate(
     prompt: Prompt,
     adapter: Adapter = None,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    seed: Seed = None,
+    system: System = None,
+    ignore_chat_template: Annotated[
+        bool, typer.Option("--ignore-chat-template", help="Go on from the prompt as it stands, of a chat model too.")
+    ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Answer without and with the adapter.")] = False,
     as_json: AsJson = False,
     **settings: object,
 ) -> None:
     """Write text with a model and its adapter."""
+    from agzo_edge import api
+    from agzo_edge.cli.quiet import hide_loading_bars
+
     if compare and adapter is None:
         raise UsageError("--compare answers without and with an adapter: give one with --adapter DIR")
-    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    sampling = sampling_from(
-        {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling, of_model = sampling_apart(settings)
+    hide_loading_bars()
+    model = api.load(adapter=adapter, **of_model)
+    messages = [{"role": "system", "content": system or ""}, {"role": "user", "content": text}]
+    answered = partial(
+        model.generate,
+        text if system is None else messages,
+        sampling=sampling,
+        ignore_chat_template=ignore_chat_template,
     )
-    before = _answer(text, None, sampling, given(settings)) if compare else None
-    after = _answer(text, adapter, sampling, given(settings))
+    before = answered(with_adapter=False) if compare else None
+    after = answered()
     if as_json:
         write_json({"prompt": text, "text": after} | ({} if before is None else {"without_adapter": before}))
     elif before is not None:
@@ -43,36 +53,19 @@ def generate(
         say(after)
 
 
-def _answer(prompt: str, adapter: str | None, sampling: Sampling, settings: Mapping[str, Any]) -> str:
-    from agzo_edge import api
-    from agzo_edge.cli.quiet import hide_loading_bars
-
-    hide_loading_bars()
-    return api.load(adapter=adapter, **settings).generate(prompt, sampling=sampling)
-
-
-@with_settings("Model", "Memory")
-def chat(
-    adapter: Adapter = None,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    seed: Seed = None,
-    **settings: object,
-) -> None:
-    """Talk with a model and its adapter; /reset forgets the conversation, /exit or Ctrl-D ends it."""
+@with_settings("Model", "Memory", sampling=True)
+def chat(adapter: Adapter = None, system: System = None, **settings: object) -> None:
+    """Talk with a model and its adapter; Ctrl-C ends an answer, /reset forgets the conversation, /exit ends it."""
     from agzo_edge import api
     from agzo_edge.cli.chat import converse
     from agzo_edge.cli.quiet import hide_loading_bars
 
-    sampling = sampling_from(
-        {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    )
+    sampling, of_model = sampling_apart(settings)
     hide_loading_bars()
-    model = api.load(adapter=adapter, **given(settings))
+    model = api.load(adapter=adapter, **of_model)
     if model.model.tokenizer.chat_template is None:
         raise ModelError(f"{model.model.source}: the tokenizer has no chat template: use `agzo-edge generate --prompt`")
-    converse(model, sampling, stdout_console())
+    converse(model, sampling, stdout_console(), system=system)
 
 
 @with_settings("Model", "Data", "Memory", without=("eval_data",))

@@ -5,6 +5,7 @@ are questions a child might ask, answered by a pirate. Both are our own: see mod
 `make_model` and `make_data`, which wrote them.
 """
 
+from itertools import count, takewhile
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -28,3 +29,12 @@ def demo_settings() -> dict[str, object]:
         "max_steps": 200,
         "eval_steps": 50,
     }
+
+
+def demo_directory(*, resume: bool) -> str:
+    """The first unused one of adapters/demo, adapters/demo-2, ...; to resume, the last used one."""
+    names = ("adapters/demo" if n == 1 else f"adapters/demo-{n}" for n in count(1))
+    used = list(takewhile(lambda name: Path(name).exists(), names))
+    if resume and used:
+        return used[-1]
+    return f"adapters/demo-{len(used) + 1}" if used else "adapters/demo"

@@ -125,7 +125,7 @@ def load_tokenizer(source: str, config: RunConfig) -> Any:
     """The tokenizer at `source`. Raises ModelError when it has none that can be read."""
     from transformers import AutoTokenizer
 
-    directory = Path(source).expanduser()
+    directory = Path(source)
     if directory.is_dir() and not any(_OF_A_TOKENIZER.search(path.name) for path in directory.iterdir()):
         raise ModelError(
             f"{source}: holds no tokenizer: copy tokenizer.json and tokenizer_config.json there from where the model is"

@@ -199,7 +199,8 @@ def refused_as_budget(plan: MemoryPlan) -> Iterator[None]:
         raise BudgetError(
             f"the model could not be loaded within {format_bytes(plan.limit_bytes)}, of which "
             f"{format_bytes(plan.device_bytes)} were planned: the machine gives less ({_first_line(error)}). Lower "
-            "--vram-limit to what is free, so that the plan keeps to it (--on-overflow stream), or close other programs"
+            "--vram-limit (without a GPU --ram-limit) to what is free, so that the plan keeps to it (--on-overflow "
+            "stream), or close other programs"
         ) from None
 
 

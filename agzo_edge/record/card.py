@@ -12,10 +12,12 @@ _METHOD = (
     "It was trained with forward passes only, by AGZO, activation-guided zeroth-order optimization "
     "([arXiv 2601.17261](https://arxiv.org/abs/2601.17261)): the update is estimated from differences "
     "between losses. That takes the memory of inference and more steps than back-propagation, which usually "
-    "reaches a lower loss where its memory is there. The adapter fits the base model as it was quantized in "
-    "training; on another quantization its outputs differ a little."
+    "reaches a lower loss where its memory is there."
 )
-
+_QUANTIZED = (
+    "The adapter fits the base model as it was quantized in training; on another quantization its outputs differ a "
+    "little."
+)
 
 _GUIDE = (
     "Once in a window of steps it also used the error at the model's head (back-propagation through the head and the "
@@ -35,6 +37,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         _front_matter(known),
         f"# LoRA adapter for {_name(known['base_model'])}\n" if "base_model" in known else "# LoRA adapter\n",
         _METHOD + "\n",
+        _QUANTIZED + "\n" if known.get("quantization", "none") != "none" else "",
         _GUIDE + "\n" if known.get("settings", {}).get("guide") == "head" else "",
         _table("What it was trained on", _data_lines(known)),
         _table("Result", _result_lines(known)),

@@ -41,12 +41,11 @@ class Journal:
     records: list[dict[str, Any]]  # one for each step, in order
     torn_bytes: int  # length of the unfinished line at the end; 0 after a clean stop
     sound_bytes: int  # length of everything before it
-    first_step: int = 0  # number of the first record
 
     @property
     def next_step(self) -> int:
         """The number of the first step that is not in the journal."""
-        return self.first_step + len(self.records)
+        return len(self.records)
 
 
 class JournalWriter:
@@ -62,14 +61,14 @@ class JournalWriter:
         self._is_open = True
 
     @classmethod
-    def create(cls, path: Path, header: Mapping[str, Any], *, first_step: int = 0) -> Self:
+    def create(cls, path: Path, header: Mapping[str, Any]) -> Self:
         """A new journal of `header` alone, whole on the disk. Raises AdapterError if there is one already."""
         assert not header.keys() & set(_RESERVED), "a header's field has a reserved name"
         if path.exists():
             raise AdapterError(f"{path} exists: resume that run, or choose another --output-dir")
-        about = {"format": FORMAT, "format_version": FORMAT_VERSION, "first_step": first_step}
+        about = {"format": FORMAT, "format_version": FORMAT_VERSION, "first_step": 0}
         atomic_write_bytes(path, _line(about | dict(header)))
-        return cls(path, next_step=first_step)
+        return cls(path, next_step=0)
 
     @classmethod
     def resume(cls, path: Path) -> Self:
@@ -151,7 +150,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
         line = stream.readline(MAX_LINE_BYTES + 1)
     try:
         fields = _fields(line, str(path))
-        return None if fields is None else _checked_header(fields, str(path))[0]
+        return None if fields is None else _checked_header(fields, str(path))
     except AdapterError:
         return None
 
@@ -159,7 +158,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 def _journal(stream: BinaryIO, path: Path) -> Journal:
     header: dict[str, Any] | None = None
     records: list[dict[str, Any]] = []
-    first_step = sound_bytes = torn_bytes = 0
+    sound_bytes = torn_bytes = 0
     for where, line in _numbered_lines(stream, path):
         if torn_bytes:
             raise AdapterError(f"{where} follows a damaged line: restore the journal from a copy")
@@ -169,13 +168,13 @@ def _journal(stream: BinaryIO, path: Path) -> Journal:
             continue
         sound_bytes += len(line)
         if header is None:
-            header, first_step = _checked_header(fields, where)
+            header = _checked_header(fields, where)
         else:
-            _check_step(fields, where, expected=first_step + len(records))
+            _check_step(fields, where, expected=len(records))
             records.append(fields)
     if header is None:
         raise AdapterError(f"{path}: line 1 is no sound header: there is no run to resume from")
-    return Journal(header, records, torn_bytes, sound_bytes, first_step)
+    return Journal(header, records, torn_bytes, sound_bytes)
 
 
 def _numbered_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
@@ -212,16 +211,16 @@ def _fields(line: bytes, where: str) -> dict[str, Any] | None:
     return fields
 
 
-def _checked_header(fields: dict[str, Any], where: str) -> tuple[dict[str, Any], int]:
-    """The header as its writer gave it, and the number of the first step."""
+def _checked_header(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """The header as its writer gave it."""
     kind, version, first_step = (fields.pop(name, None) for name in _RESERVED[:3])
     if kind != FORMAT or version != FORMAT_VERSION:
         raise AdapterError(
             f"{where}: format {kind!r} version {version!r}; this agzo-edge reads {FORMAT!r} version {FORMAT_VERSION}"
         )
-    if type(first_step) is not int or first_step < 0:
-        raise AdapterError(f"{where}: first_step is {first_step!r}, not a number from 0")
-    return fields, first_step
+    if type(first_step) is not int or first_step != 0:
+        raise AdapterError(f"{where}: first_step is {first_step!r}, and a run begins at 0")
+    return fields
 
 
 def _check_step(fields: Mapping[str, Any], where: str, *, expected: int) -> None:

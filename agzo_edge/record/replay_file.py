@@ -17,7 +17,7 @@ from torch import Tensor
 
 from agzo_edge.errors import AdapterError
 from agzo_edge.record.bases import WindowBases
-from agzo_edge.record.files import atomic_write_bytes
+from agzo_edge.record.files import atomic_write_bytes, make_directory, writing
 from agzo_edge.record.strict_json import strict_object
 from agzo_edge.record.tensors import checked_bytes, read_checked
 
@@ -39,8 +39,8 @@ class ReplayFile:
     start: Mapping[str, Tensor]  # the learner's state at step 0, of a run that began with an adapter
 
 
-def save_replay(path: Path, run: ReplayFile) -> int:
-    """Leave the run at `path`, whole or not at all; its size in bytes. Raises AgzoError."""
+def save_replay(path: Path, run: ReplayFile) -> None:
+    """Leave the run at `path`, whole or not at all. Raises AgzoError."""
     records = run.records
     tensors = {
         "step": torch.tensor([record["step"] for record in records], dtype=torch.int64),
@@ -54,9 +54,9 @@ def save_replay(path: Path, run: ReplayFile) -> int:
     course = {str(r["step"]): {name: r[name] for name in COURSE_FIELDS if name in r} for r in records}
     tensors[COURSE_NAME] = _as_bytes({step: fields for step, fields in course.items() if fields})
     tensors[HEADER_NAME] = _as_bytes(run.header)
-    data = checked_bytes(tensors)
-    atomic_write_bytes(path, data)
-    return len(data)
+    with writing(path):
+        make_directory(path.parent)
+    atomic_write_bytes(path, checked_bytes(tensors))
 
 
 def load_replay(path: Path) -> ReplayFile:

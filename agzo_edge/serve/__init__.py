@@ -1,1 +1,1 @@
-"""Using the result: generating, exporting, reporting."""
+"""Using the result: generating and exporting; and looking at the machine."""

@@ -53,7 +53,7 @@ def open_base(source: str, *, with_weights: bool) -> BaseFiles:
     """
     from transformers import AutoConfig
 
-    directory = Path(source).expanduser()
+    directory = Path(source)
     if not directory.is_dir():
         directory = _downloaded(source, with_weights=with_weights)
     fields = _json_object(directory / CONFIG_NAME)

@@ -28,7 +28,7 @@ _PACKAGES = (
     "datasets",
     "numpy",
 )
-_OPTIONAL = {"tensorboard": "tensorboard", "gguf": "gguf", "matplotlib": "plots", "nvidia-ml-py": "cuda"}
+_OPTIONAL = ("tensorboard", "gguf", "jsonschema", "matplotlib", "nvidia-ml-py")
 LITTLE_DISK_BYTES = 2 * GIB  # less than the smallest models in use and a few checkpoints
 
 
@@ -110,9 +110,9 @@ def package_advice(versions: Mapping[str, str | None], *, with_cuda: bool) -> It
     for name in _PACKAGES:
         if versions[name] is None:
             yield f"{name} is missing: pip install {name}"
-    for name, extra in _OPTIONAL.items():
-        if versions[name] is None and (extra != "cuda" or with_cuda):
-            yield f'{name} is not installed, and optional: pip install "agzo-edge[{extra}]"'
+    for name in _OPTIONAL:
+        if versions[name] is None and (name != "nvidia-ml-py" or with_cuda):
+            yield f"{name} is not installed, and optional: pip install {name}"
 
 
 def machine_advice(machine: Profile, device: Mapping[str, Any], *, board: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from agzo_edge.errors import ConfigError, ModelError, numbered
+from agzo_edge.paths import expanded, lasting
 from agzo_edge.record.adapter import (
     CARD_NAME,
     CONFIG_NAME,
@@ -62,7 +63,7 @@ def export_adapter(
 def _refuse_wrong_request(to: str, output: Path, dtype: str | None) -> None:
     faults = []
     if to not in FORMATS:
-        faults.append(f"to is {to!r}: choose one of {', '.join(FORMATS)}")
+        faults.append(f"to is {to!r}: choose one of {', '.join(FORMATS)}, replay")
     if dtype is not None and dtype not in FLOATS:
         faults.append(f"dtype is {dtype!r}: choose one of {', '.join(FLOATS)}")
     if output.suffix == ".gguf":
@@ -77,7 +78,7 @@ def _base(adapter: Path, facts: Mapping[str, Any], source: str | None, *, with_w
     source = source or facts.get("base_model_name_or_path")
     if not source:
         raise ModelError(f"{adapter}: names no base model: give its directory or hub id with --model")
-    return open_base(str(source), with_weights=with_weights)
+    return open_base(expanded(str(source)), with_weights=with_weights)
 
 
 def _write_peft(
@@ -90,7 +91,7 @@ def _write_peft(
     dtype: str,
 ) -> None:
     """Leave the adapter in PEFT's layout with its card and tokenizer; no journal, bases or checkpoints."""
-    base = base_model or str(facts.get("base_model_name_or_path") or "")
+    base = lasting(expanded(base_model or str(facts.get("base_model_name_or_path") or "")))
     card = adapter / CARD_NAME
     save_adapter(
         directory,

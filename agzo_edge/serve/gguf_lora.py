@@ -120,5 +120,5 @@ def _gguf_package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise UsageError('writing gguf needs a package more: pip install "agzo-edge[gguf]"') from None
+        raise UsageError("writing gguf needs a package more: pip install gguf") from None
     return gguf

@@ -117,11 +117,14 @@ class Guard:
                 f"the run does not fit its limit of {format_bytes(self.limit_bytes)}, planned "
                 f"{format_bytes(planned_bytes)}, and there is no smaller way to go on ({why})"
             )
-            advice = "--on-overflow stream, a smaller --max-seq-length or --micro-batch-size, or a higher limit"
+            advice = "--on-overflow stream, a smaller --micro-batch-size"
             if not self.has_begun:
-                raise BudgetError(f"{need}. Nothing was learned; try {advice}")
+                raise BudgetError(
+                    f"{need}. Nothing was learned; try {advice}, a smaller --max-seq-length, or a higher limit"
+                )
             raise BudgetBrokenError(
-                f"{need}. What was learned is saved: go on with --resume-from-checkpoint and {advice}"
+                f"{need}. What was learned is saved: go on with --resume-from-checkpoint and "
+                f"{advice}, or a higher limit"
             )
         self._move(self._place + 1, why)
 

@@ -21,7 +21,8 @@ def replay(
 ) -> None:
     """Bring `learner` to where it was after `records`: the same operations in the same order.
 
-    The result is bit for bit that of the run on the same kind of machine. With the sgd optimizer the
+    The result is bit for bit that of the run on the same kind of machine, but for target = dequantized, whose run
+    has rounded its steps into the weights: the adapter is near the run's then. With the sgd optimizer the
     coefficients are a sum over steps, so that some may be left out; the others stay as they were, and no
     loss is measured anew. Raises ConfigError for `skip` with another optimizer. Source: DESIGN section 3.
     """

@@ -75,7 +75,7 @@ def json_schema(schema: str | None, _answer_field: str) -> Reward:
     try:
         import jsonschema
     except ImportError:
-        raise ValueError('the reward json_schema needs: pip install "agzo-edge[reward]"') from None
+        raise ValueError("the reward json_schema needs a package more: pip install jsonschema") from None
     path = Path(_needed(schema, "json_schema", "the file of a schema"))
     validator_class = jsonschema.validators.validator_for(content := json.loads(path.read_text(encoding="utf-8")))
     validator_class.check_schema(content)

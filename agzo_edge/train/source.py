@@ -21,7 +21,7 @@ def read_rows(source: str, *, split: Split) -> Iterator[RawRow | BrokenRow | Doc
 
     Raises DataError when the source does not exist or cannot be read.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.exists():
         for file in source_files(path, split=split):
             yield from file_rows(file)
@@ -33,7 +33,7 @@ def read_rows(source: str, *, split: Split) -> Iterator[RawRow | BrokenRow | Doc
 
 def large_file(source: str, *, split: Split, at_least: int) -> Path | None:
     """The one JSON Lines file that a source is, when it has that many bytes and is not gzipped; else none."""
-    path = Path(source).expanduser()
+    path = Path(source)
     files = source_files(path, split=split) if path.exists() else []
     if len(files) == 1 and files[0].suffix.lower() == ".jsonl" and files[0].stat().st_size >= at_least:
         return files[0]
@@ -64,8 +64,11 @@ def _has_splits(files: Sequence[Path]) -> bool:
 def _split_file(directory: Path, files: Sequence[Path], split: Split) -> Path:
     """The one file of a directory that holds `split`: train.jsonl, valid.csv.gz, ..."""
     names = _FILE_NAMES[split]
-    wanted = " or ".join(f"{name}.*" for name in names)
     found = [file for file in files if _is_of(file, names)]
+    if split == "test" and not found:  # held out as well
+        names = (*names, *_FILE_NAMES["validation"])
+        found = [file for file in files if _is_of(file, names)]
+    wanted = " or ".join(f"{name}.*" for name in names)
     if not found:
         there = ", ".join(path.name for path in files[:5]) or "no data file"
         raise DataError(f"{directory}: no {wanted} in it ({there}): rename the file, or name it itself")

@@ -147,7 +147,8 @@ def _require_finite(losses: Tensor, batches: Sequence[Batch], *, step: int, mu: 
     if bad:
         raise NonFiniteLossError(
             f"step {step + 1}: the loss of {', '.join(bad[:5])} is not finite. Nothing was learned from this step; "
-            f"try a smaller --mu (now {mu:g}), --dtype float32 where that of the run is narrower, or look at these rows"
+            f"look at these rows, or begin a new run, from this one's last checkpoint by --adapter, with a smaller "
+            f"--mu (now {mu:g}) or, where that of the run is narrower, --dtype float32"
         )
 
 

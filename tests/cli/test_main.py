@@ -115,6 +115,16 @@ def test_a_shown_profile_is_its_file(capsys: pytest.CaptureFixture[str]) -> None
     assert run(capsys, "profiles", "show", "rtx-3060-12gb")[1] == file.read_text(encoding="utf-8")
 
 
+def test_a_profile_of_ones_own_is_shown_by_its_path(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shipped = Path(__file__).resolve().parents[2] / "profiles" / "rtx-3060-12gb.toml"
+    own = tmp_path / "my.toml"
+    own.write_bytes(shipped.read_bytes())
+    assert run(capsys, "profiles", "show", str(own))[1] == shipped.read_text(encoding="utf-8")
+    code, _, err = run(capsys, "profiles", "show", str(tmp_path / "none.toml"))
+    assert code == 2
+    assert "no such file" in err
+
+
 def test_signal_handlers_come_back_after_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run(capsys, "profiles")
@@ -132,7 +142,7 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(tmp_path: Path) -> None:
         "--max-steps",
         "10000",
         "--output-dir",
-        "out",
+        "my run",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -150,10 +160,10 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == events[-1]["error"]["exit_code"] == 143
     assert [event["event"] for event in events[:3]] == ["data", "planned", "model"]
     steps = [event["step"] for event in events if event.get("event") == "step"]
-    assert (tmp_path / "out" / f"checkpoint-{steps[-1]}").is_dir()
+    assert (tmp_path / "my run" / f"checkpoint-{steps[-1]}").is_dir()
     assert messages.startswith("error: stopped by")
     assert len(messages.splitlines()) == 1  # no library speaks
-    assert "--resume-from-checkpoint" in messages
+    assert messages.endswith("go on with --output-dir 'my run' --resume-from-checkpoint\n")
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "110", "200"])

@@ -10,6 +10,7 @@ from agzo_edge.cli.commands import app
 from agzo_edge.cli.options import as_flags, given
 from agzo_edge.cli.training import plan, train
 from agzo_edge.config import RunConfig
+from agzo_edge.errors import UsageError
 
 OWN = {"context", "config_file", "preset", "resume", "dry_run", "as_json", "sweep", "sweep_image"}
 
@@ -57,16 +58,26 @@ def test_only_given_settings_are_passed_on_and_lists_are_taken_apart() -> None:
     assert given(settings) == {"relative": False, "target_modules": ("q_proj", "v_proj"), "mu": "0.1"}
 
 
+def test_options_and_labels_keep_their_spaces_and_a_json_list_its_commas() -> None:
+    given_settings = given({"options": " terrible, great", "labels": '["0", " 1, or 2"]'})
+    assert given_settings == {"options": (" terrible", " great"), "labels": ("0", " 1, or 2")}
+    assert "as a JSON list" in options_of("train")["options"].help
+    with pytest.raises(UsageError, match=r"--labels .* JSON list"):
+        given({"labels": "[0, 1"})
+
+
 def test_flags_written_out_give_the_same_settings_again() -> None:
     settings = {
         "rank": 8,
         "relative": False,
         "load_in_8bit": True,
         "target_modules": ("q", "v"),
+        "options": (" a", " b"),
+        "labels": ("0, or 1", "2"),
         "model": None,
     }
     words = as_flags(settings)
-    assert words == ["--rank", "8", "--no-relative", "--load-in-8bit", "--target-modules", "q,v"]
+    assert words[:6] == ["--rank", "8", "--no-relative", "--load-in-8bit", "--target-modules", "q,v"]
     parsed = typer.main.get_command(app).commands["plan"].make_context("plan", words).params  # type: ignore[attr-defined]
     assert given({name: value for name, value in parsed.items() if name in settings}) == {
         name: value for name, value in settings.items() if value is not None

@@ -1,12 +1,14 @@
 """Text from many rows at once, against one row at a time and against transformers."""
 
+import copy
+
 import pytest
 import torch
 from helpers import FAMILIES, dense_reference, teach_at_random, tiny_batch, tiny_model
 from torch import Tensor
 
 from agzo_edge.config import Sampling
-from agzo_edge.errors import ConfigError
+from agzo_edge.errors import ConfigError, ModelError
 from agzo_edge.model.branch import Branch
 from agzo_edge.model.passes import Perturbation
 from agzo_edge.model.runtime import EdgeModel
@@ -85,6 +87,40 @@ def test_one_prompt_is_answered_as_by_generate() -> None:
     assert text == writer.generate("abc", sampling=Sampling(max_new_tokens=1), max_new_tokens=N_NEW)
     with pytest.raises(ConfigError, match=r"(?s)top_p.*max_tokens: no such setting"):
         writer.generate("abc", max_tokens=N_NEW, top_p=2.0)
+
+
+PICKY = (
+    "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no such role') }}{% endif %}"
+    "<{{ m.content }}>{% endfor %}"
+)
+
+
+def test_a_conversation_that_is_empty_or_that_its_template_refuses_is_told_of() -> None:
+    model = tiny_model()
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    writer = TextModel(model)
+    with pytest.raises(ModelError, match="without a chat template"):
+        writer.generate([{"role": "user", "content": "abc"}])
+    model.tokenizer.chat_template = PICKY
+    with pytest.raises(ModelError, match="refuses this conversation: no such role"):
+        writer.generate([{"role": "tool", "content": "abc"}])
+    with pytest.raises(ModelError, match="conversation is empty"):
+        writer.generate([])
+
+
+def test_a_prompt_is_gone_on_from_as_it_stands_where_the_template_is_left_out() -> None:
+    model = tiny_model()
+    plain = TextModel(model).generate("abc", max_new_tokens=N_NEW)
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.chat_template = PICKY
+    assert TextModel(model).generate("abc", max_new_tokens=N_NEW) != plain
+    assert TextModel(model).generate("abc", max_new_tokens=N_NEW, ignore_chat_template=True) == plain
+
+
+def test_a_text_is_told_piece_by_piece_while_it_is_written() -> None:
+    pieces: list[str] = []
+    whole = TextModel(tiny_model()).generate("abc", max_new_tokens=40, on_text=pieces.append)
+    assert "".join(pieces).strip() == whole
 
 
 def test_the_models_own_habits_of_writing_are_left_out() -> None:

@@ -51,6 +51,11 @@ def test_a_missing_fact_leaves_its_line_and_an_empty_table_its_title_out() -> No
     assert "# LoRA adapter\n" in model_card({})
 
 
+def test_only_a_quantized_base_is_said_to_have_been_quantized() -> None:
+    assert "as it was quantized" in model_card(FACTS)
+    assert "as it was quantized" not in model_card({**FACTS, "quantization": "none"})
+
+
 def test_a_directory_is_told_by_its_last_name_only_and_is_no_hub_id() -> None:
     card = model_card({**FACTS, "base_model": "/home/somebody/models/tiny"})
     assert "somebody" not in card

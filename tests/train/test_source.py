@@ -24,6 +24,14 @@ def test_a_directory_gives_the_file_of_its_split(tmp_path: Path, split: Split, n
     assert [row.fields for row in read_rows(str(tmp_path), split=split)] == [{"text": "wanted"}]
 
 
+def test_what_is_asked_to_be_tested_on_is_a_directorys_held_out_file_where_it_has_no_test(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "other"}\n')
+    with pytest.raises(DataError, match=r"no test.\* or valid.\* "):
+        list(read_rows(str(tmp_path), split="test"))
+    (tmp_path / "dev.jsonl").write_text('{"text": "wanted"}\n')
+    assert [row.place for row in read_rows(str(tmp_path), split="test")] == ["dev.jsonl:1"]
+
+
 def test_a_directory_without_the_split_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "train.csv").touch()
     with pytest.raises(DataError, match=r"no valid.\* or validation.\* .* in it \(train.csv\)"):
