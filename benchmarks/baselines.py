@@ -113,8 +113,8 @@ class FirstOrderLora:
         logits = self.network(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         row, token = batch.is_label[:, 1:].nonzero(as_tuple=True)
         losses = F.cross_entropy(logits[row, token], batch.input_ids[row, token + 1], reduction="none")
-        n_rows = batch.input_ids.shape[0]
-        return row_sums(losses[None], row, n_rows) / torch.bincount(row, minlength=n_rows)
+        n_rows, n_tokens = batch.input_ids.shape
+        return row_sums(losses[None], row, token, (n_rows, n_tokens)) / torch.bincount(row, minlength=n_rows)
 
     @torch.no_grad()
     def show(self) -> None:

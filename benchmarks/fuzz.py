@@ -323,7 +323,7 @@ def says_evaluations(data: bytes, found: Any) -> bool:
         for m in found.values()
     )
     unsaid = dataclasses.asdict(Metrics(examples=0, loss=0.0))  # what a file may leave out
-    return typed and all(plain_value(m) == plain_value(unsaid | written[s]) for s, m in found.items())
+    return typed and all(plain_value(m.as_json()) == plain_value(unsaid | written[s]) for s, m in found.items())
 
 
 def says_facts(_data: bytes, facts: ModelFacts) -> bool:

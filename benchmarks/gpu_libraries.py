@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from gpu_measure import Row, Rows
+from gpu_measure import Row, Rows, sync
 from gpu_models import Setting
 from torch.nn.functional import scaled_dot_product_attention
 
-from agzo_edge.model.device import chosen_dtype, sync
+from agzo_edge.model.device import chosen_dtype
 from agzo_edge.model.memory import used_bytes
 from agzo_edge.model.weights import DenseWeight, quantized
 from agzo_edge.model.workspace import Workspace

@@ -169,7 +169,7 @@ def test_a_missing_directory_is_named(source: str) -> None:
         model_facts(source)
 
 
-@pytest.mark.parametrize("source", ["a" * 300, "/" + "a" * 300, "~nobody-of-this-name/model"])
+@pytest.mark.parametrize("source", ["a" * 300, "/" + "a" * 300])
 def test_a_path_that_can_be_none_is_refused(source: str) -> None:
     with pytest.raises(ModelError, match="names no directory and no model"):
         model_facts(source)

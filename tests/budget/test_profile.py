@@ -112,7 +112,7 @@ def test_a_reserve_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
         load_profile(str(file))
 
 
-@pytest.mark.parametrize("path", ["a" * 300 + ".toml", "~nobody-of-this-name/x.toml", "a\0b.toml"])
+@pytest.mark.parametrize("path", ["a" * 300 + ".toml", "a\0b.toml"])
 def test_a_path_that_can_be_none_is_refused(path: str) -> None:
     with pytest.raises(ConfigError, match="cannot be read as TOML"):
         load_profile(path)

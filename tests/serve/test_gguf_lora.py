@@ -127,5 +127,5 @@ def test_without_the_gguf_package_the_message_says_what_to_install(
     tmp_path: Path, llama: tuple[str, Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UsageError, match=r'pip install "agzo-edge\[gguf\]"'):
+    with pytest.raises(UsageError, match="pip install gguf"):
         export_adapter(llama[1], to="gguf", output=tmp_path / "out")
