@@ -234,9 +234,9 @@ def kept_evaluations(directory: Path, *, data_sha256: str) -> dict[int, Metrics]
         return {}
     try:
         kept = strict_object(path.read_bytes())
+        found = {int(step): _metrics(told) for step, told in kept["evaluations"].items()}
         if kept["data_sha256"] != data_sha256:
             return {}
-        found = {int(step): _metrics(told) for step, told in kept["evaluations"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from None
     if wrong := [step for step, metrics in found.items() if step < 0 or not _are_numbers(metrics)]:
