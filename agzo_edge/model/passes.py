@@ -42,7 +42,7 @@ class Perturbation:
 class PassContext:
     """The pass under way, as the layers see it."""
 
-    mask: Tensor | None = None  # (rows, tokens) bool: True where a token is no padding
+    mask: Tensor | None = None  # (rows, tokens) bool: True for the tokens that bases and scales are found in
     perturbation: Perturbation | None = None
     refresh: Refresh = Refresh.NONE
     base_only: bool = False  # leave out all that was learned: the model as it was
@@ -105,7 +105,7 @@ class PassContext:
         return len(self.perturbation.steps)
 
     def unperturbed(self, values: Tensor) -> Tensor:  # (streams * rows, tokens, features) -> (rows * tokens, features)
-        """The values as they would be without perturbation, zero at padding.
+        """The values as they would be without perturbation, zero at tokens that are masked, as padding is.
 
         forward: the stream with step 0; central: the mean of the two signs, off by O(mu²) only. Sums over tokens
         do not see the zeros, and a GPU need not be asked how many tokens are valid.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -105,6 +106,11 @@ class Batch:
     first_example: int  # number of this batch's first example within the step's
     places: tuple[str, ...]  # for each example: "notes.jsonl:12"
     fields: tuple[Mapping[str, Any], ...] = ()  # for each example, for a reward to read
+
+    @property
+    def is_predicting(self) -> Tensor:  # (rows, tokens) bool
+        """Where the next token is a label."""
+        return F.pad(self.is_label[:, 1:], (0, 1))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""

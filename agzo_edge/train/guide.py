@@ -46,10 +46,10 @@ def find_guides(
 def _guesses(
     model: EdgeModel, batch: Batch, goal: Goal, *, refresh: Refresh
 ) -> dict[str, Tensor]:  # (out_features, rank) float32 by layer
-    """A guess at the batch's part of the gradient of each C."""
+    """A guess at the batch's part of the gradient of each C; the pass may find bases in the tokens it is made of."""
     with (
         torch.enable_grad(),  # no weight asks for a gradient: the graph begins at the stream's end
-        model.context.running(mask=batch.attention_mask.bool(), refresh=refresh),
+        model.context.running(mask=batch.is_predicting, refresh=refresh),
         model.context.keeping_coordinates() as coordinates,
         _stream_ends(model) as ends,
     ):

@@ -105,9 +105,15 @@ def loss_of(
 
 
 @torch.no_grad()
-def run_layers(model: EdgeModel, batch: Batch, *, refresh: Refresh) -> None:
+def run_layers(
+    model: EdgeModel,
+    batch: Batch,
+    *,
+    mask: Tensor,  # (rows, tokens) bool: the tokens that bases and scales are found in
+    refresh: Refresh,
+) -> None:
     """Let the layers see a batch, for the bases that they find in it; nothing is scored."""
-    with model.context.running(mask=batch.attention_mask.bool(), refresh=refresh):
+    with model.context.running(mask=mask, refresh=refresh):
         model.hidden_states(batch.input_ids)
 
 

@@ -196,12 +196,15 @@ def find_window(
 def find_bases(model: EdgeModel, batches: Sequence[Batch], config: RunConfig) -> None:
     """Find the bases and scales from several micro-batches: plain passes, one for each power iteration.
 
-    The same subspace iteration as inside a single fused pass, its products summed over the micro-batches.
+    The same subspace iteration as inside a single pass, its products summed over the micro-batches. With guides the
+    tokens that predict a label shape them: of those the guess at a gradient is made (docs/decisions/0036).
     """
     model.context.forget()
     rounds = [Refresh.ACCUMULATE] * config.power_iterations + [Refresh.MEASURE] * config.relative
     for refresh in rounds:
         for batch in batches:
-            run_layers(model, batch.to(model.device), refresh=refresh)
+            on_device = batch.to(model.device)
+            mask = on_device.attention_mask.bool() if config.guide == "none" else on_device.is_predicting
+            run_layers(model, on_device, mask=mask, refresh=refresh)
         model.context.finish_iteration(model.groups)
         model.context.finish_scales()
