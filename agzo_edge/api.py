@@ -49,7 +49,11 @@ def resolve(
     if resume and directory:
         from agzo_edge.loading import settings_to_resume  # loads torch
 
-        taken |= settings_to_resume(_path(directory), given)
+        begun = settings_to_resume(_path(directory), given)
+        if is_demo and "output_dir" in given and not begun:
+            raise ConfigError(f"{directory}: holds no run to go on with: name --model and --data to begin one")
+        taken |= begun
+        preset = "default" if begun else preset  # that of the run is among its settings
     if given.get("data") is not None and (taken | given).get("model") is None:
         raise ConfigError("data is given and no model: name one with --model, or give neither for the demo")
     if is_demo:

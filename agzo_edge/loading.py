@@ -47,7 +47,7 @@ def settings_of_run(adapter: Path, given: Mapping[str, Any], *, data_too: bool) 
     names: set[str] = set()
     if not {"load_in_4bit", "load_in_8bit"} & given.keys():
         names |= {*_OF_BASE}
-    if data_too and "objective" not in given:
+    if data_too and given.get("objective") in (None, settings.get("objective")):
         names |= {*_OF_ROWS} - ({"labels"} if "options" in given else set())
     taken = {name: value for name, value in settings.items() if name in names}
     _refuse_unnamed_code(adapter, taken, given)
@@ -79,7 +79,7 @@ def _refuse_unnamed_code(place: Path, taken: Mapping[str, Any], given: Mapping[s
     reward = taken.get("reward")
     if isinstance(reward, str) and ":" in reward and "reward" not in given:
         raise AdapterError(
-            f"{place}: its run was rewarded by {reward}, code that is run only when you name it: --objective reward "
+            f"{place}: its run was rewarded by {reward}, code that is run only when you name it: "
             f"--reward {shlex.quote(reward)}"
         )
 

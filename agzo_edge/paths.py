@@ -16,6 +16,5 @@ def expanded(name: str) -> str:
 
 
 def lasting(source: str) -> str:
-    """A model's name as it holds in any working directory: a local directory's whole path, a hub id as it is."""
-    path = Path(source)
-    return str(path.absolute()) if source and path.is_dir() else source
+    """A name as it holds in any working directory: the whole path of what is there, a hub id as it is."""
+    return str(Path(source).absolute()) if source and Path(source).exists() else source

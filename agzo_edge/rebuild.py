@@ -53,11 +53,18 @@ def bring_up_to(
             first = step
             break
 
+    _require_steps(skip, end)
     shapes = window_shapes(learner)
     with _of_one_run(directory):
         replay(learner, journal.records[first:end], lambda step: load_bases(directory, step, shapes), skip=skip)
         _require_finite(learner)
     return end
+
+
+def _require_steps(skip: Container[int], n_steps: int) -> None:
+    """Raise ConfigError for steps to leave out of which the run has none; () leaves none out."""
+    if skip not in ((), range(0)) and not any(step in skip for step in range(n_steps)):
+        raise ConfigError(f"--skip names none of the run's {n_steps} steps")
 
 
 def _require_finite(learner: Learner) -> None:
@@ -141,6 +148,7 @@ def rebuilt(run: ReplayFile, *, until_step: int | None = None, skip: Container[i
     """The learner after the run's steps, or the first `until_step`. Raises AdapterError for a damaged file."""
     learner = learner_of(run.header)
     records = run.records[: _end(until_step, len(run.records))]
+    _require_steps(skip, len(records))
 
     def bases_of(step: int) -> WindowBases:
         window = run.windows.get(step)

@@ -88,7 +88,8 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     resume = resume and found  # a run killed before its first step begins again
     if not resume:
         require_unused(out)
-    config = config.model_copy(update={"model": lasting(str(config.model))})  # all that the run leaves says it so
+    named = {name: getattr(config, name) for name in ("model", "data", "eval_data", "adapter")}
+    config = config.model_copy(update={name: place and lasting(place) for name, place in named.items()})
     facts = model_facts(str(config.model))  # first of all: a model that is not there is refused at once
     changes = load_changes(Path(config.adapter)) if config.adapter else {}
     config = on_adapters_layers(config, changes, facts)

@@ -199,6 +199,29 @@ def test_a_replay_gives_the_same_adapter_without_model_or_data(whole_run: Path, 
     assert adapter_of(tmp_path / "replayed") == adapter_of(whole_run)
 
 
+def test_steps_that_the_run_has_not_cannot_be_left_out(whole_run: Path, tmp_path: Path) -> None:
+    file = agzo_edge.export(whole_run, to="replay", output=tmp_path / "run.safetensors")
+    for source in (whole_run, file):
+        with pytest.raises(ConfigError, match=f"--skip names none of the run's {STEPS} steps"):
+            agzo_edge.replay(source, output=tmp_path / "replayed", skip=range(STEPS, STEPS + 9))
+
+
+def test_resuming_where_no_run_is_does_not_begin_the_demo(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run to go on with: name --model and --data"):
+        agzo_edge.finetune(output_dir=str(tmp_path / "nowhere"), resume=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_is_resumed_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_bytes((demo.DATA_DIR / demo.VALID_NAME).read_bytes())
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = {"model": str(demo.MODEL_DIR), "data": "rows.jsonl", "lr_schedule": "constant", "mu": 0.01}
+    agzo_edge.finetune(**settings, output_dir="run", max_steps=2, batch_size=2, undo_every=0)
+    monkeypatch.chdir(tmp_path / "else")
+    assert agzo_edge.finetune(output_dir="../run", resume=True, max_steps=3).report["steps"] == 3
+
+
 def test_a_replay_beyond_the_last_step_is_refused(whole_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"until-step is {STEPS + 1}, and the run has {STEPS} steps"):
         agzo_edge.replay(whole_run, output=tmp_path / "replayed", until_step=STEPS + 1)

@@ -20,6 +20,7 @@ SHORTEST_ROW_TOKENS = 64  # shorter rows are no advice
 SMALLEST_ADAPTER_RANK = 4
 N_CHANGES = 3
 N_LARGEST = 4  # components named in a refusal
+_PIECES = ("--micro-batch-size", "--no-fuse-signs", "--logits-chunk", "--mlp-chunk-tokens")  # of the ladder
 
 Predict = Callable[[RunConfig], MemoryPlan]
 _Update = dict[str, Any]
@@ -91,29 +92,31 @@ def require_fits(plan: MemoryPlan, *, in_smallest_pieces: int | None = None) -> 
             f"{need} for what waits outside memory in {cache_folder()}, and {format_bytes(limit_bytes)} are free on "
             f"its disk. Make room, or set XDG_CACHE_HOME to a folder on another disk"
         )
-    pieces = ""
+    pieces, were_tried = "", False
     if where == "device" and in_smallest_pieces is not None and limit_bytes < in_smallest_pieces < need_bytes:
-        pieces = f", {format_bytes(in_smallest_pieces)} in the smallest pieces"
+        pieces, were_tried = f", {format_bytes(in_smallest_pieces)} in the smallest pieces", True
+    remedy = _remedy(plan, where, limit_bytes, pieces_were_tried=were_tried)
     raise BudgetError(
         f"{need} of {where} memory{pieces}, and profile '{plan.profile_name}' with its limits allows "
-        f"{format_bytes(limit_bytes)}. The largest parts:\n{numbered(largest)}\n{_remedy(plan, where, limit_bytes)}"
+        f"{format_bytes(limit_bytes)}. The largest parts:\n{numbered(largest)}\n{remedy}"
     )
 
 
-def _remedy(plan: MemoryPlan, where: Where, limit_bytes: int) -> str:
-    """What to try, in lines."""
+def _remedy(plan: MemoryPlan, where: Where, limit_bytes: int, *, pieces_were_tried: bool) -> str:
+    """What to try, in lines; not what the ladder has tried."""
     if where == "device" and limit_bytes < plan.least_bytes:
         least = format_bytes(plan.least_bytes)
         return (
             f"The libraries and the largest layer's weights alone take {least}: raise the limit, or take a smaller "
             "model"
         )
-    if not plan.changes:
+    changes = [change for change in plan.changes if not (pieces_were_tried and change.flags.startswith(_PIECES))]
+    if not changes:
         return "No setting saves any of it: raise the limit, or take a smaller model"
-    offered = [change for change in plan.changes if change.fits] or plan.changes
+    offered = [change for change in changes if change.fits] or changes
     advice = [f"{change.flags} (saves {format_bytes(change.saved_bytes)})" for change in offered]
     remedy = "Each of these makes it fit:"
-    if not any(change.fits for change in plan.changes):
+    if not any(change.fits for change in changes):
         remedy = "No single setting makes it fit: combine some, or take a smaller model. What saves most:"
     return f"{remedy}\n{numbered(advice)}"
 

@@ -10,10 +10,12 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from agzo_edge.config import Bytes, RunConfig, Sampling, sampling_from
 from agzo_edge.errors import UsageError
+from agzo_edge.units import format_bytes
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -60,7 +62,7 @@ def panel_of(name: str) -> str:
 
 def flag(name: str, field: FieldInfo, *, panel: str) -> inspect.Parameter:
     """The flag of a field, as a parameter that typer reads."""
-    kind, metavar = _kind_of(field.annotation)
+    kind, metavar = _kind_of(field)
     option = typer.Option(help=_help_of(name, field), metavar=metavar, rich_help_panel=panel, show_default=False)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]  # a value, no type
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -99,26 +101,29 @@ def _joined(pieces: tuple[str, ...]) -> str:
     return json.dumps(pieces) if text.startswith("[") or any("," in piece for piece in pieces) else text
 
 
-def _kind_of(annotation: Any) -> tuple[Any, str | None]:
+def _kind_of(field: FieldInfo) -> tuple[Any, str | None]:
     """What typer should parse, and what its help should call it.
 
     Mixed types are left as text: pydantic reads them, and says better what is wrong.
     """
+    annotation: Any = field.annotation
     parts = [part for part in get_args(annotation) if part is not type(None)] or [annotation]
     if get_origin(annotation) is Literal:
-        return (
-            annotation,
-            "CHOICE",
-        )  # which ones, says the help: a list of them here cuts the flags' names short
+        return annotation, "CHOICE"  # which ones, says the help: a list of them here cuts the flags' names short
     if annotation is bool:
         return bool, ""  # the two spellings say enough
     if len(parts) > 1:
         return str, "|".join(_word(part) for part in parts)
-    if parts[0] == Bytes:
+    if _is_size(field):
         return str, "SIZE"
     if get_origin(parts[0]) is tuple:
         return str, "NAME,NAME"
     return parts[0], None
+
+
+def _is_size(field: FieldInfo) -> bool:
+    """Whether it is `Bytes`, which pydantic takes apart where None is no value of it."""
+    return Bytes in get_args(field.annotation) or any(isinstance(mark, BeforeValidator) for mark in field.metadata)
 
 
 def _word(kind: Any) -> str:
@@ -131,7 +136,8 @@ def _help_of(name: str, field: FieldInfo) -> str:
     notes += (
         ["each exactly as between the commas, or as a JSON list"] if _is_list(name) and name != "target_modules" else []
     )
-    notes += [] if field.default is None else [f"default: {_spelled(field.default)}"]
+    default = format_bytes(field.default) if field.default and _is_size(field) else _spelled(field.default)
+    notes += [] if field.default is None else [f"default: {default}"]
     limits = ((word, getattr(limit, bound, None)) for limit in field.metadata for bound, word in _LIMITS.items())
     span = " ".join(word.format(_spelled(limit)) for word, limit in limits if limit is not None)
     notes += [span] if span else []
@@ -147,7 +153,7 @@ def _spelled(value: object) -> str:
 
 
 def _is_list(name: str) -> bool:
-    return name in RunConfig.model_fields and _kind_of(RunConfig.model_fields[name].annotation)[1] == "NAME,NAME"
+    return name in RunConfig.model_fields and _kind_of(RunConfig.model_fields[name])[1] == "NAME,NAME"
 
 
 def _pieces(name: str, text: str) -> tuple[str, ...]:

@@ -136,6 +136,8 @@ def profiles(
         return
     if name is None:
         raise UsageError(f"profiles show needs a name: one of {', '.join(profile_names())}")
+    if name == "auto":
+        raise UsageError("auto is what is found on this machine: `agzo-edge doctor` tells it")
     profile = load_profile(name)
     if as_json:
         write_json(profile.model_dump(mode="json"))

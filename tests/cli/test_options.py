@@ -1,4 +1,5 @@
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import typer
 from agzo_edge.api import resolve
 from agzo_edge.cli.commands import app
 from agzo_edge.cli.options import as_flags, given
+from agzo_edge.cli.run import exit_code_of
 from agzo_edge.cli.training import plan, train
 from agzo_edge.config import RunConfig
+from agzo_edge.demo import MODEL_DIR
 from agzo_edge.errors import UsageError
 
 OWN = {"context", "config_file", "preset", "resume", "dry_run", "as_json", "sweep", "sweep_image"}
@@ -29,6 +32,13 @@ def test_flags_are_exactly_the_fields_of_a_run(command: Any) -> None:
 
 def test_every_flag_is_not_given_by_default() -> None:
     assert {options_of("train")[name].default for name in RunConfig.model_fields} == {None}
+
+
+@pytest.mark.parametrize("flag", ["--logits-chunk", "--ram-limit", "--vram-limit"])
+def test_a_size_is_given_with_its_unit(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [flag, "4GiB", "--model", str(MODEL_DIR), "--profile", "cpu", "--max-seq-length", "64", "--json"]
+    assert exit_code_of(["plan", *run]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
 
 
 def test_every_flag_stands_under_one_of_five_headings() -> None:
