@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import ModelFacts, model_facts
 from agzo_edge.budget.memory import MemoryPlan
-from agzo_edge.budget.plan import fitted_run, memory_plan
+from agzo_edge.budget.plan import memory_plan
 from agzo_edge.budget.sweep import Sweep, memory_sweep
 from agzo_edge.config import RunConfig, config_from, read_toml
 from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME, demo_directory, demo_settings
@@ -150,9 +150,8 @@ def evaluate(
 
     The adapter of a run is scored by that run's objective, its rows made by its settings, unless `settings` name one.
     """
-    from agzo_edge.evaluations import examples_at_once
+    from agzo_edge.evaluations import metrics_of
     from agzo_edge.loading import loaded_model
-    from agzo_edge.train.evaluate import evaluate as evaluated
     from agzo_edge.train.examples import load_examples
     from agzo_edge.train.goal import goal_of
     from agzo_edge.train.guard import Guard
@@ -173,11 +172,7 @@ def evaluate(
     )
     loaded.require_positions(examples.report.longest_tokens + config.written_tokens)
     with closing(goal_of(config)) as goal, refused_as_data():
-        return Guard(loaded, rungs).run(
-            lambda fitted: evaluated(
-                loaded, examples.examples, objective=config.objective, batch_size=examples_at_once(fitted), goal=goal
-            )
-        )
+        return metrics_of(loaded, examples.examples, goal, guard=Guard(loaded, rungs))
 
 
 def _of_use(adapter: Path | None, settings: Mapping[str, Any], *, data_too: bool = False) -> RunConfig:
@@ -273,7 +268,7 @@ def check_numerics(model: str | None = None, data: str | None = None, **settings
     """
     from agzo_edge.model.load import load_model
     from agzo_edge.model.memory import refused_as_budget
-    from agzo_edge.model.setup import on_planned_device, require_usable_device
+    from agzo_edge.preparation import fitted_here
     from agzo_edge.train.examples import load_examples
     from agzo_edge.train.fidelity import fidelity
     from agzo_edge.train.goal import goal_of
@@ -286,10 +281,8 @@ def check_numerics(model: str | None = None, data: str | None = None, **settings
     if config.objective == "reward":
         raise ConfigError("a reward has no exact difference to compare with: ask about another objective")
     exact = config.model_copy(update={"difference": "exact"})  # what needs the most memory
-    machine = machine_profile(config.profile)
-    require_usable_device(exact, machine)
     facts = model_facts(str(config.model))
-    fitted = fitted_run(facts, on_planned_device(exact, machine), machine)
+    fitted, _ = fitted_here(facts, exact)
     with refused_as_budget(fitted.plan):
         loaded = load_model(str(config.model), fitted.config)
     examples = load_examples(str(config.data), loaded.tokenizer, config, facts=facts)

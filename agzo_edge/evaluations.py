@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +39,7 @@ class Evaluations:
         if self.held_out is None or step in self.found:
             return
         examples = self.held_out.examples
-        metrics = self.guard.run(
-            lambda config: evaluate(
-                self.model, examples, objective=config.objective, batch_size=examples_at_once(config), goal=self.goal
-            )
-        )
+        metrics = metrics_of(self.model, examples, self.goal, guard=self.guard)
         if step == 0 and not math.isfinite(metrics.loss):
             refuse_bad_rows([example.place for example in examples if not self._is_finite_on(example)])
         self.found[step] = metrics
@@ -77,6 +73,15 @@ class Evaluations:
         return out_of_patience(self.found, self.guard.config.metric_for_best_model, patience=patience)
 
 
-def examples_at_once(config: RunConfig) -> int:
+def metrics_of(model: EdgeModel, examples: Sequence[Example], goal: Goal, *, guard: Guard) -> Metrics:
+    """What the examples say of a model, inside the guard's budget."""
+    return guard.run(
+        lambda config: evaluate(
+            model, examples, objective=config.objective, batch_size=_examples_at_once(config), goal=goal
+        )
+    )
+
+
+def _examples_at_once(config: RunConfig) -> int:
     """Examples in a pass: as many as a step's pass has, with both signs where they are fused."""
     return (2 if config.fuse_signs else 1) * (config.micro_batch_size or config.batch_size)

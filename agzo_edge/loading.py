@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import ModelFacts
-from agzo_edge.budget.plan import Rung, fitted_run
+from agzo_edge.budget.plan import Rung
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import AdapterError
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.load import load_model
 from agzo_edge.model.memory import refused_as_budget
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.model.setup import on_planned_device, require_usable_device
-from agzo_edge.preparation import on_adapters_layers
+from agzo_edge.preparation import fitted_here, on_adapters_layers
 from agzo_edge.record.adapter import base_model_of
 from agzo_edge.record.files import atomic_write_text
 from agzo_edge.rundir import JOURNAL_NAME, SETTINGS_NAME, load_changes, require_ended, settings_in
@@ -91,9 +89,7 @@ def loaded_model(facts: ModelFacts, config: RunConfig, adapter: Path | None) -> 
     """
     changes = {} if adapter is None else load_changes(adapter)
     config = on_adapters_layers(config.model_copy(update={"guide": "none", "target_modules": None}), changes, facts)
-    machine = machine_profile(config.profile)
-    require_usable_device(config, machine)
-    fitted = fitted_run(facts, on_planned_device(config, machine), machine)
+    fitted, _ = fitted_here(facts, config)
     with refused_as_budget(fitted.plan):
         loaded = load_model(str(config.model), fitted.config, trains=False)
     set_learned(loaded.branches, changes)

@@ -5,8 +5,8 @@ from functools import partial
 
 from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.facts import ModelFacts
-from agzo_edge.budget.job import DataShape
-from agzo_edge.budget.plan import fitted_run
+from agzo_edge.budget.job import UNKNOWN_DATA, DataShape
+from agzo_edge.budget.plan import FittedRun, fitted_run
 from agzo_edge.config import RunConfig
 from agzo_edge.events import Planned
 from agzo_edge.model.load import load_tokenizer
@@ -41,11 +41,21 @@ def planned_run(
 
     Raises BudgetError when nothing fits, ConfigError for a GPU that cannot be used or is not there.
     """
+    fitted, notes = fitted_here(facts, config, data=data_shape(data))
+    to_know = (*to_know, *fitted.plan.notes, *notes)
+    return Planned(fitted.config, fitted.plan, fitted.plan.profile_name, fitted.changes, fitted.rungs, to_know)
+
+
+def fitted_here(
+    facts: ModelFacts, config: RunConfig, *, data: DataShape = UNKNOWN_DATA
+) -> tuple[FittedRun, tuple[str, ...]]:
+    """The run as it fits its machine, on the device that the plan is for, and what a person should know of that device.
+
+    Raises BudgetError when nothing fits, ConfigError for a GPU that cannot be used or is not there.
+    """
     machine = machine_profile(config.profile)
     notes = require_usable_device(config, machine)
-    fitted = fitted_run(facts, on_planned_device(config, machine), machine, data=data_shape(data))
-    to_know = (*to_know, *fitted.plan.notes, *notes)
-    return Planned(fitted.config, fitted.plan, machine.name, fitted.changes, fitted.rungs, to_know)
+    return fitted_run(facts, on_planned_device(config, machine), machine, data=data), notes
 
 
 def data_shape(data: Sequence[ExampleSet]) -> DataShape:

@@ -62,8 +62,8 @@ def bring_up_to(
 
 
 def _require_steps(skip: Container[int], n_steps: int) -> None:
-    """Raise ConfigError for steps to leave out of which the run has none; () leaves none out."""
-    if skip not in ((), range(0)) and not any(step in skip for step in range(n_steps)):
+    """Raise ConfigError for steps to leave out of which the run has none."""
+    if skip and not any(step in skip for step in range(n_steps)):
         raise ConfigError(f"--skip names none of the run's {n_steps} steps")
 
 

@@ -45,14 +45,24 @@ def source_files(path: Path, *, split: Split) -> list[Path]:
     if not path.is_dir():
         return [path]
     try:
-        below = sorted(file for file in path.rglob("*") if file_kind(file) in FILE_KINDS and file.is_file())
+        files = _data_files(path.iterdir())
+        if split == "train" and not _has_splits(files):  # only then is all that lies below looked at
+            notes = [file for file in _data_files(path.rglob("*")) if not _is_hidden(file.relative_to(path))]
+            if notes and all(file_kind(note) in PLAIN_KINDS for note in notes):
+                return notes
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    files = [file for file in below if file.parent == path]
-    notes = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    if split == "train" and notes and not _has_splits(files) and all(file_kind(note) in PLAIN_KINDS for note in notes):
-        return notes
     return [_split_file(path, files, split)]
+
+
+def _data_files(paths: Iterator[Path]) -> list[Path]:
+    """Those of the paths that are files of data, in order."""
+    return sorted(path for path in paths if file_kind(path) in FILE_KINDS and path.is_file())
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether any part of the path is: such files belong to an editor, or to git."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _has_splits(files: Sequence[Path]) -> bool:
