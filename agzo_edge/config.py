@@ -37,7 +37,7 @@ class AgzoConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rank: int = Field(
-        8, ge=1, le=64, description="Directions in a layer's basis (r in the paper); without a guide 2 by default."
+        16, ge=1, le=64, description="Directions in a layer's basis (r in the paper); without a guide 2 by default."
     )
     guide: Literal["auto", "none", "head"] = Field(
         "auto",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 WORDS_PER_BLOCK = 4  # one Philox4x64 counter value yields four 64-bit words
 BITS_PER_WORD = 64
+FLOOR = 0.01  # of the largest coordinate's energy, added to each: what hardly moves is not blown up
 ROUNDING_LAYERS = 2**32  # added to a layer's number: roundings share no random word with the noise
 
 NoiseKind = Literal["sign", "gaussian"]
@@ -160,6 +161,19 @@ def guided_noise(
 def _numbers(kind: NoiseKind, n_examples: int, **key: int) -> Tensor:  # (examples, 1, 1) float32
     """A number for each example, which is never written to; of a batch in one piece the update asks for it again."""
     return draw_noise(kind, (n_examples, 1, 1), **key).entries()
+
+
+def evened(
+    guess: Tensor,  # (out_features, rank): a batch's guess at dL/dC
+    energies: Tensor,  # (rank,): sums of squares of the coordinates that it was made of
+) -> Tensor:  # (out_features, rank)
+    """The guess with each column divided by the size of its coordinate.
+
+    The leading coordinate is mostly what all tokens share, and as large as it is its column would take the noise from
+    all others. Coordinates in the leading directions of the inputs are nearly uncorrelated, so this is the guess times
+    the inverse root of their covariance, as the right side of Shampoo, arXiv 1802.09568, on a diagonal.
+    """
+    return guess / (energies + FLOOR * energies.max()).sqrt()
 
 
 def next_guide(

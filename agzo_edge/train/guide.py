@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agzo_edge.model.passes import Refresh
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.numerics.noise import next_guide
+from agzo_edge.numerics.noise import evened, next_guide
 from agzo_edge.numerics.update import reprojected
 from agzo_edge.train.data import Batch
 from agzo_edge.train.objective import Goal
@@ -38,15 +38,19 @@ def find_guides(
     parts = [_guesses(model, batch.to(model.device), goal, refresh=refresh) for batch in batches]
     for branch in model.branches:
         if branch.guide is not None:
-            guess = reduce(torch.add, (part[branch.name] for part in parts))
+            guesses, energies = zip(*(part[branch.name] for part in parts), strict=True)
+            guess = evened(reduce(torch.add, guesses), reduce(torch.add, energies))
             before = reprojected(branch.guide, old_bases[branch.group.index], branch.group.basis)
             branch.guide = next_guide(guess, before, memory=memory)
 
 
 def _guesses(
     model: EdgeModel, batch: Batch, goal: Goal, *, refresh: Refresh
-) -> dict[str, Tensor]:  # (out_features, rank) float32 by layer
-    """A guess at the batch's part of the gradient of each C; the pass may find bases in the tokens it is made of."""
+) -> dict[str, tuple[Tensor, Tensor]]:  # by layer: (out_features, rank) and (rank,), float32
+    """A guess at the batch's part of the gradient of each C, and the energies of the coordinates that it is made of.
+
+    The pass may find bases, in the tokens that predict a label.
+    """
     with (
         torch.enable_grad(),  # no weight asks for a gradient: the graph begins at the stream's end
         model.context.running(mask=batch.is_predicting, refresh=refresh),
@@ -55,8 +59,13 @@ def _guesses(
     ):
         loss = batch.weights @ goal.losses(model, batch)[0]
         (error,) = torch.autograd.grad(loss, ends[-1])  # (rows, tokens, hidden_size); dpo's reference ran before
-    error = error.float().flatten(0, 1).mT
-    return {name: error @ torch.cat(pieces, dim=1).float().flatten(0, 1) for name, pieces in coordinates.items()}
+    error, is_predicting = error.float().flatten(0, 1).mT, batch.is_predicting.flatten().float()
+
+    def guessed(pieces: list[Tensor]) -> tuple[Tensor, Tensor]:
+        tokens = torch.cat(pieces, dim=1).float().flatten(0, 1)
+        return error @ tokens, is_predicting @ tokens.square()
+
+    return {name: guessed(pieces) for name, pieces in coordinates.items()}
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def test_help_of_a_flag_says_what_its_field_says() -> None:
     for name, field in RunConfig.model_fields.items():
         assert field.description is not None
         assert options[name].help.startswith(field.description)
-    assert "default: 8; from 1 to 64" in options["rank"].help
+    assert "default: 16; from 1 to 64" in options["rank"].help
     assert "sign, gaussian; default: sign" in options["noise"].help
 
 

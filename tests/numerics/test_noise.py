@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from agzo_edge.numerics.noise import (
+    FLOOR,
     NoiseKind,
     draw_noise,
+    evened,
     gaussian_noise,
     guided_noise,
     next_guide,
@@ -167,6 +169,23 @@ def test_a_guide_has_the_size_of_signs_whatever_it_is_made_from(
     made = next_guide(torch.tensor(guess).view(3, 2), torch.tensor(previous).view(3, 2), memory=memory)
     size = float(made.square().mean())
     assert size == pytest.approx(1.0, rel=1e-4) or (size == 0.0)
+
+
+@FEW
+@given(sizes=st.lists(st.floats(0.2, 5.0), min_size=4, max_size=4))
+def test_an_evened_guess_does_not_know_how_large_its_coordinates_are(sizes: list[float]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    coordinates, error = torch.randn(50, 4, generator=generator), torch.randn(50, 7, generator=generator)
+    unit, scaled = coordinates / coordinates.norm(dim=0), coordinates * torch.tensor(sizes)
+    made = evened(error.T @ scaled, scaled.square().sum(0))
+    shrunk = made / (error.T @ unit)  # what the floor takes: little, where sizes are within a factor of 25 or so
+    assert torch.all((shrunk > 0.2) & (shrunk <= 1.0))
+    assert_close(shrunk, shrunk[:1].expand_as(shrunk))
+
+
+def test_a_coordinate_that_hardly_moves_is_not_blown_up() -> None:
+    made = evened(torch.tensor([[1.0, 1e-4, 0.0]]), torch.tensor([1.0, 1e-8, 0.0]))
+    assert_close(made, torch.tensor([[(1 + FLOOR) ** -0.5, 1e-4 * FLOOR**-0.5, 0.0]]), rtol=1e-3, atol=0)
 
 
 def test_a_guide_is_the_mean_of_two_directions_and_outlives_a_guess_that_says_nothing() -> None:

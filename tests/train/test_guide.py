@@ -22,6 +22,7 @@ from agzo_edge.errors import ConfigError, ModelError
 from agzo_edge.model.load import load_model
 from agzo_edge.model.passes import Refresh
 from agzo_edge.model.runtime import EdgeModel, require_guidable
+from agzo_edge.numerics.noise import FLOOR
 from agzo_edge.train.data import Batch
 from agzo_edge.train.guide import find_guides
 from agzo_edge.train.learner import Learner
@@ -57,7 +58,7 @@ def unit(direction: Tensor) -> Tensor:
 
 
 def dense_guesses(model: EdgeModel, batch: Batch) -> dict[str, Tensor]:  # (out_features, rank)
-    """Qᵀ H A by layer: Q from back-propagation in transformers' own model to what its last norm reads."""
+    """Qᵀ H A by layer, each column by the size of H A's: Q from back-propagation to what the last norm reads."""
     plain = dense_reference(model, lambda branch: branch.learned().dense())
     last = plain.get_submodule(next(n for n, m in model.network.named_modules() if m is model.last_module))
     read: dict[str, Tensor] = {}
@@ -74,10 +75,13 @@ def dense_guesses(model: EdgeModel, batch: Batch) -> dict[str, Tensor]:  # (out_
     loss.backward()
     error = read["end"].grad
     rows, tokens, _ = error.shape  # OPT's MLP is given both in one dimension
-    return {
-        branch.name: torch.einsum("bto,bti,ir->or", error, read[branch.name].view(rows, tokens, -1), branch.group.basis)
-        for branch in model.branches
-    }
+    guesses = {}
+    for branch in model.branches:
+        coordinates = read[branch.name].view(rows, tokens, -1) @ branch.group.basis
+        energies = coordinates[batch.is_predicting].square().sum(0)
+        guess = torch.einsum("bto,btr->or", error, coordinates)
+        guesses[branch.name] = guess / (energies + FLOOR * energies.max()).sqrt()
+    return guesses
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "neox", "opt"])
