@@ -27,7 +27,7 @@ import torch
 import transformers
 from environment import SHARED, environment, leave_result, parser_of
 from learning_methods import BASES, METHODS, Setup, loaded, training
-from learning_report import summary_of, write_plots
+from learning_report import summary_of, targets_of, write_plots
 from learning_tasks import TASKS, task_examples
 
 from agzo_edge.errors import NonFiniteLossError
@@ -212,7 +212,8 @@ def main() -> None:
             peaks[where] = peak_bytes(setup, task)
     summary = summary_of(bench.runs, peaks)
     write_plots(bench.runs, arguments.output.with_suffix(""))
-    leave_result(arguments, began=bench.began, summary=summary, peak_bytes=peaks, runs=bench.runs)
+    targets = targets_of(bench.runs)
+    leave_result(arguments, began=bench.began, summary=summary, targets=targets, peak_bytes=peaks, runs=bench.runs)
 
 
 if __name__ == "__main__":

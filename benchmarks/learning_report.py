@@ -105,15 +105,19 @@ def _line(cell: Cell, method: str, rates: list[list[Run]], peaks: Mapping[str, i
 
 
 def targets_of(runs: Sequence[Run]) -> dict[str, Any]:
-    """The issue's questions, cell by cell, and over the cells."""
-    lines = [_targets(cell, methods) for cell, methods in by_cell(runs).items() if "preset" in methods]
-    numbers = ("forwards to paper's best", "forwards to mezo's best", "share of first-order's gain")
-    medians = {}
-    for name in numbers:
-        found = [line[name] for line in lines if line.get(name) is not None]
-        medians[f"median {name}"] = statistics.median(found) if found else None
-    kept = [line["within spread of swept best"] for line in lines if "within spread of swept best" in line]
-    return {"cells": lines, **medians, "within spread": f"{sum(kept)} of {len(kept)}"}
+    """The preset against the others' best, cell by cell, and over the pairs of model and text.
+
+    Choices are left out of the medians: nobody learns them, and a ratio of nothing says nothing.
+    """
+    cells = {cell: methods for cell, methods in by_cell(runs).items() if "preset" in methods}
+    lines = {cell: _targets(cell, methods) for cell, methods in cells.items()}
+    texts = [line for cell, line in lines.items() if cells[cell]["preset"][0][0]["setup"]["objective"] == "lm"]
+    over_texts = {}
+    for name in ("forwards to paper's best", "forwards to mezo's best", "share of first-order's gain"):
+        if found := [line[name] for line in texts if line.get(name) is not None]:
+            over_texts[name] = {"least": min(found), "median": statistics.median(found), "most": max(found)}
+    kept = [line["within spread of swept best"] for line in lines.values() if "within spread of swept best" in line]
+    return {"cells": list(lines.values()), "over texts": over_texts, "within spread": f"{sum(kept)} of {len(kept)}"}
 
 
 def _targets(cell: Cell, methods: Mapping[str, list[list[Run]]]) -> dict[str, Any]:

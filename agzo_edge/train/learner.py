@@ -4,6 +4,7 @@ The learner needs no model: from the same bases and the same projected gradients
 coefficients, bit for bit, which is what replay and resume stand on.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from torch import Tensor
 from agzo_edge.config import N_MOMENTS, AgzoConfig
 from agzo_edge.model.branch import Branch
 from agzo_edge.model.device import sent
-from agzo_edge.numerics.estimate import Spread, clipped, gradient_estimate
+from agzo_edge.numerics.estimate import Spread, clipped, gradient_estimate, mean_square
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.numerics.noise import rounding_bits
 from agzo_edge.numerics.update import direction, reprojected, scheduled_rate
 from agzo_edge.record.bases import WindowBases
 from agzo_edge.train.undo import is_gain
 
+TRUST = 0.25  # of the loss: no step is meant to change more of it (docs/decisions/0037)
 RATE_AFTER_UNDO = 1 / 3  # about half a decade: the next try is a clearly different one
 _BEST = "best."  # before the names of a state's tensors that belong to the best one so far
 
@@ -103,6 +105,16 @@ class Learner:
             warmup_steps=config.warmup_steps,
             max_steps=config.max_steps,
         )
+
+    def longest_rate(self, measured: Measurement, *, loss: float) -> float:
+        """The learning rate at which a step changes the loss by TRUST of itself, by the slopes that it has measured.
+
+        A choice's loss can be a hundred times as steep in relative changes of the layers' outputs as a text's. Infinite
+        where steps are not normalized: they have their own length then.
+        """
+        slopes = clipped(measured.projected, limit=self.config.clip * self.spread.root_mean_square())
+        steepness = math.sqrt(mean_square(slopes))
+        return TRUST * abs(loss) / steepness if self.config.normalize and steepness > 0 else math.inf
 
     @property
     def is_best_at_start(self) -> bool:

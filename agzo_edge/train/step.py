@@ -62,6 +62,8 @@ def agzo_step(
         if left_out is not None:
             learner.open_window()
         learning_rate = learner.learning_rate(step)
+        if config.objective != "reward":  # whose loss has no zero to be a share of
+            learning_rate = min(learning_rate, learner.longest_rate(measured, loss=loss))
         learner.apply(step, measured, learning_rate=learning_rate)
     return StepRecord(
         step=step,

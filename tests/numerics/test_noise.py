@@ -180,7 +180,7 @@ def test_an_evened_guess_does_not_know_how_large_its_coordinates_are(sizes: list
     made = evened(error.T @ scaled, scaled.square().sum(0))
     shrunk = made / (error.T @ unit)  # what the floor takes: little, where sizes are within a factor of 25 or so
     assert torch.all((shrunk > 0.2) & (shrunk <= 1.0))
-    assert_close(shrunk, shrunk[:1].expand_as(shrunk))
+    assert_close(shrunk, shrunk[:1].expand_as(shrunk), rtol=1e-3, atol=0)
 
 
 def test_a_coordinate_that_hardly_moves_is_not_blown_up() -> None:

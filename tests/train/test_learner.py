@@ -1,5 +1,6 @@
 """What a step's numbers do to the coefficients."""
 
+import math
 from importlib import import_module
 
 import pytest
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 from agzo_edge.errors import BudgetBrokenError
 from agzo_edge.model.branch import make_branches
 from agzo_edge.numerics.noise import draw_noise
-from agzo_edge.train.learner import Learner, Measurement
+from agzo_edge.train.learner import TRUST, Learner, Measurement
 
 WEIGHTS = torch.tensor([0.5, 0.25, 0.25])
 
@@ -80,6 +81,18 @@ def test_a_wild_projected_gradient_is_clipped_at_the_spread_before_it() -> None:
     learner.apply(2, Measurement(torch.tensor([1000.0, 0.0, 0.0]), WEIGHTS), learning_rate=0.1)
     for branch, old in zip(learner.branches, before, strict=True):
         assert_close((branch.c - old).abs(), torch.full_like(old, 0.1 * branch.scale * 0.5 * 3.0))
+
+
+def test_the_longest_rate_is_that_of_a_quarter_of_the_loss_by_the_slopes_less_their_outliers() -> None:
+    learner = new_learner(clip=2.0)
+    learner.open_window()
+    steady = Measurement(torch.tensor([8.0, -8.0, 8.0]), WEIGHTS)
+    assert learner.longest_rate(steady, loss=2.0) == pytest.approx(TRUST * 2.0 / 8.0)
+    learner.apply(0, steady, learning_rate=0.1)
+    wild = Measurement(torch.tensor([8.0, -8.0, 8000.0]), WEIGHTS)  # clipped at 16
+    assert learner.longest_rate(wild, loss=2.0) == pytest.approx(TRUST * 2.0 / math.sqrt((64 + 64 + 256) / 3))
+    assert learner.longest_rate(Measurement(torch.zeros(3), WEIGHTS), loss=2.0) == math.inf
+    assert new_learner(normalize=False).longest_rate(steady, loss=2.0) == math.inf
 
 
 def test_gradients_of_zero_move_nothing_and_break_nothing() -> None:

@@ -31,7 +31,7 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.basis import starting_basis
 from agzo_edge.numerics.noise import draw_noise
 from agzo_edge.train.data import Batch
-from agzo_edge.train.learner import Learner
+from agzo_edge.train.learner import TRUST, Learner
 from agzo_edge.train.step import StepRecord, agzo_step, find_bases, find_window, measure
 
 EXACT = {"difference": "exact"}
@@ -452,6 +452,14 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_others() -> None:
     states = [taught([tiny_batch(4)], steps=range(3), seed=seed).state() for seed in (1, 1, 2)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["c.0"], states[2]["c.0"])
+
+
+def test_a_rate_that_would_change_more_than_a_quarter_of_the_loss_is_not_taken() -> None:
+    config = run_config(**EXACT, learning_rate=1e3)
+    model = tiny_model(**EXACT)
+    record = agzo_step(model, [tiny_batch(4)], Learner(model.branches, config), step=0, mu=0.5, config=config)
+    steepness = torch.tensor(record.projected).square().mean().sqrt()
+    assert record.learning_rate == pytest.approx(TRUST * record.loss / float(steepness), rel=1e-5)
 
 
 def test_a_record_tells_the_loss_and_what_the_step_used() -> None:
