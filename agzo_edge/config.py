@@ -74,7 +74,7 @@ class AgzoConfig(BaseModel):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum, and Adam's first decay.")
     adam_beta2: float = Field(0.99, ge=0, lt=1, description="Adam's second decay.")
-    learning_rate: float = Field(0.1, gt=0, description="Step length.")
+    learning_rate: float = Field(0.1, gt=0, description="Step length; less where the loss is steep.")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="Course of the learning rate after the warm-up."
     )
