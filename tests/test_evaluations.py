@@ -61,17 +61,17 @@ def steps_of(events: list[Event]) -> int:
 
 
 def test_the_best_adapter_is_the_one_of_its_step(tmp_path: Path) -> None:
-    list(training(config_of(tmp_path / "run", learning_rate=10.0, undo_every=0)))  # far too large
+    list(training(config_of(tmp_path / "run", learning_rate=20.0, normalize=False, undo_every=0)))  # far too large
     best = json.loads((tmp_path / "run" / "report.json").read_text())["best_step"]
     assert best < 12
-    list(training(config_of(tmp_path / "short", learning_rate=10.0, max_steps=best, undo_every=0)))
+    list(training(config_of(tmp_path / "short", learning_rate=20.0, normalize=False, max_steps=best, undo_every=0)))
     kept, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run/best", "short"))
     assert kept.keys() == expected.keys()
     assert all(kept[name].equal(expected[name]) for name in kept)
 
 
 def test_a_run_without_progress_stops_and_stays_stopped_when_it_is_resumed(tmp_path: Path) -> None:
-    config = config_of(tmp_path / "run", learning_rate=30.0, early_stopping_patience=2)
+    config = config_of(tmp_path / "run", learning_rate=6.0, normalize=False, early_stopping_patience=2)
     events = list(training(config))
     done = steps_of(events)
     assert done < 12
@@ -84,7 +84,7 @@ def test_a_run_without_progress_stops_and_stays_stopped_when_it_is_resumed(tmp_p
 
 
 def test_a_stopped_run_ends_early_where_the_whole_one_does(tmp_path: Path) -> None:
-    whole = config_of(tmp_path / "whole", learning_rate=30.0, early_stopping_patience=2)
+    whole = config_of(tmp_path / "whole", learning_rate=6.0, normalize=False, early_stopping_patience=2)
     list(training(whole))
     config = whole.model_copy(update={"output_dir": str(tmp_path / "cut")})
     events = training(config)

@@ -141,7 +141,14 @@ def test_a_run_on_a_gpu_resumes_and_replays_to_the_same_bytes(tmp_path: Path, se
     assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole") == adapter_of(tmp_path / "replayed")
 
 
-RUINOUS = {"learning_rate": 100.0, "undo_every": 2, "refresh_every": 3, "batch_size": 16, "lr_schedule": "constant"}
+RUINOUS = {
+    "learning_rate": 20.0,
+    "normalize": False,
+    "undo_every": 2,
+    "refresh_every": 3,
+    "batch_size": 16,
+    "lr_schedule": "constant",
+}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
