@@ -112,8 +112,7 @@ class Learner:
         A choice's loss can be a hundred times as steep in relative changes of the layers' outputs as a text's. Infinite
         where steps are not normalized: they have their own length then.
         """
-        slopes = clipped(measured.projected, limit=self.config.clip * self.spread.root_mean_square())
-        steepness = math.sqrt(mean_square(slopes))
+        steepness = math.sqrt(mean_square(self._clipped(measured.projected)))
         return TRUST * abs(loss) / steepness if self.config.normalize and steepness > 0 else math.inf
 
     @property
@@ -181,17 +180,17 @@ class Learner:
         )
 
     def _normalized(self, projected: Tensor, spread: Spread) -> Tensor:
-        """The projected gradients, clipped at a multiple of their spread so far and divided by it.
-
-        Clipping looks at the spread before this step, so that one wild row cannot raise its own limit; then
-        `spread` takes them in.
-        """
-        projected = clipped(projected, limit=self.config.clip * spread.root_mean_square())
+        """The projected gradients, clipped and divided by their spread, which takes them in."""
+        projected = self._clipped(projected)
         spread.observe(projected)
         size = spread.root_mean_square()
         if not self.config.normalize:
             return projected
         return projected / size if size > 0 else torch.zeros_like(projected)
+
+    def _clipped(self, projected: Tensor) -> Tensor:
+        """The projected gradients, cut at a multiple of their spread so far: no wild row raises its own limit."""
+        return clipped(projected, limit=self.config.clip * self.spread.root_mean_square())
 
     def adapter(self) -> Mapping[str, LowRank]:
         """What was learned, layer by layer, at most `adapter_rank` wide."""
