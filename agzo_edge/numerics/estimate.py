@@ -1,7 +1,10 @@
 """From losses to numbers a step can use: projected gradients, their spread, their clipping."""
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from agzo_edge.numerics.compiled import kernels_for
@@ -43,6 +46,7 @@ def standard_errors_above(losses: Tensor, reference: Tensor) -> float:  # both (
     return math.copysign(math.inf, mean) if mean else 0.0
 
 
+@dataclass(frozen=True)
 class Spread:
     """A running root mean square of the projected gradients: the v of the normalised step.
 
@@ -51,11 +55,9 @@ class Spread:
     by the spread within one step, which is noisier for small batches.
     """
 
-    DECAY = 0.95  # about twenty steps: long enough to smooth, short enough to follow the loss down
-
-    def __init__(self, *, total: float = 0.0, steps: int = 0) -> None:
-        self.total = total
-        self.steps = steps
+    DECAY: ClassVar = 0.95  # about twenty steps: long enough to smooth, short enough to follow the loss down
+    total: float = 0.0
+    steps: int = 0
 
     def root_mean_square(self) -> float:
         """The present spread; 0 before the first step."""
@@ -63,10 +65,15 @@ class Spread:
             return 0.0
         return math.sqrt(self.total / (1.0 - self.DECAY**self.steps))
 
-    def observe(self, projected: Tensor) -> None:
-        """Take in the projected gradients of one step."""
-        self.total = self.DECAY * self.total + (1.0 - self.DECAY) * mean_square(projected)
-        self.steps += 1
+    def with_step(self, projected: Tensor) -> "Spread":
+        """The spread after one more step with these projected gradients."""
+        total = self.DECAY * self.total + (1.0 - self.DECAY) * mean_square(projected)
+        return Spread(total, self.steps + 1)
+
+    def normalized(self, projected: Tensor) -> Tensor:
+        """The projected gradients in units of the spread; zero while there was none."""
+        size = self.root_mean_square()
+        return projected / size if size > 0 else torch.zeros_like(projected)
 
 
 def clipped(projected: Tensor, *, limit: float) -> Tensor:

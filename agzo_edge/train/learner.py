@@ -87,6 +87,14 @@ class Learner:
             else:  # Adam's second moment has no meaning in another basis
                 branch.moments = [torch.zeros_like(branch.c) for _ in range(N_MOMENTS[self.config.optimizer])]
 
+    def enter(self, window: WindowBases) -> None:
+        """Take what a window fixed as it is, in place of finding it."""
+        for branch, scale in zip(self.branches, window.scales, strict=True):
+            branch.group.basis = window.bases[branch.group.index].to(branch.c.device)
+            branch.scale = scale
+            if branch.guide is not None:
+                branch.guide = window.guides[branch.index].to(branch.c.device)
+
     def window(self) -> WindowBases:
         """What the present window fixed."""
         return WindowBases(
@@ -95,12 +103,12 @@ class Learner:
             guides={branch.index: branch.guide for branch in self.branches if branch.guide is not None},
         )
 
-    def learning_rate(self, step: int) -> float:
-        """The scheduled learning rate at `step`, less what was lost by going back."""
+    def learning_rate(self, step: int, *, longest: float = math.inf) -> float:
+        """The scheduled learning rate at `step`, less what was lost by going back; its peak is `longest` at most."""
         config = self.config
         return self.rate_factor * scheduled_rate(
             step,
-            peak=config.learning_rate,
+            peak=min(config.learning_rate, longest),
             schedule=config.lr_schedule,
             warmup_steps=config.warmup_steps,
             max_steps=config.max_steps,
@@ -110,10 +118,13 @@ class Learner:
         """The learning rate at which a step changes the loss by TRUST of itself, by the slopes that it has measured.
 
         A choice's loss can be a hundred times as steep in relative changes of the layers' outputs as a text's. Infinite
-        where steps are not normalized: they have their own length then.
+        where steps are not normalized: they have their own length then. Momentum takes a step again and again, until
+        1 / (1 − momentum) of it is taken; how far Adam and signs go does not depend on slopes, and this is a guess.
         """
+        config = self.config
         steepness = math.sqrt(mean_square(self._clipped(measured.projected)))
-        return TRUST * abs(loss) / steepness if self.config.normalize and steepness > 0 else math.inf
+        own_share = 1.0 - config.momentum if config.optimizer == "momentum" else 1.0
+        return own_share * TRUST * abs(loss) / steepness if config.normalize and steepness > 0 else math.inf
 
     @property
     def is_best_at_start(self) -> bool:
@@ -139,16 +150,10 @@ class Learner:
         window = self.window()
         self._restore_present(self._best)
         if self.is_best_at_start:  # a state from before the first window: the present one goes on, with nothing learned
-            self._go_on_in(window)
+            self.enter(window)
+            self.open_window()
         self.rate_factor *= RATE_AFTER_UNDO
         return self.best_step
-
-    def _go_on_in(self, window: WindowBases) -> None:
-        """Learn from now on in a window that is there already, with the optimizer's state at its beginning."""
-        for branch, scale in zip(self.branches, window.scales, strict=True):
-            branch.group.basis, branch.scale = window.bases[branch.group.index], scale
-            branch.guide = window.guides.get(branch.index)
-            branch.moments = [torch.zeros_like(branch.c) for _ in range(N_MOMENTS[self.config.optimizer])]
 
     def apply(self, step: int, measured: Measurement, *, learning_rate: float, move: bool = True) -> None:
         """Move every branch's coefficients: C ← C − lr · s · direction(sum_b w_b g_b R_b / v).
@@ -156,8 +161,9 @@ class Learner:
         Without `move` the step is only seen, by the spread v, and its part of the sum is left out. All that takes
         memory comes before the first change: a step that runs out of it has changed nothing, and may be taken again.
         """
-        spread = Spread(total=self.spread.total, steps=self.spread.steps)
-        shares = measured.weights * self._normalized(measured.projected, spread)
+        projected = self._clipped(measured.projected)
+        spread = self.spread.with_step(projected)
+        shares = measured.weights * (spread.normalized(projected) if self.config.normalize else projected)
         on_device = sent(shares, self.branches[0].c.device)  # once: the layers' updates follow without waiting
         moving = self.branches if move else []
         followed = [self._followed(b, step, on_device if b.guide is None else shares) for b in moving]
@@ -178,15 +184,6 @@ class Learner:
             momentum=self.config.momentum,
             beta2=self.config.adam_beta2,
         )
-
-    def _normalized(self, projected: Tensor, spread: Spread) -> Tensor:
-        """The projected gradients, clipped and divided by their spread, which takes them in."""
-        projected = self._clipped(projected)
-        spread.observe(projected)
-        size = spread.root_mean_square()
-        if not self.config.normalize:
-            return projected
-        return projected / size if size > 0 else torch.zeros_like(projected)
 
     def _clipped(self, projected: Tensor) -> Tensor:
         """The projected gradients, cut at a multiple of their spread so far: no wild row raises its own limit."""

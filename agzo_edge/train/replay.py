@@ -39,7 +39,7 @@ def replay(
             learner.watch([float(loss) for loss in record["watched"]], step=step)
         if learner.window_starts(step):
             learner.close_window(step)
-            take_bases(learner, bases_of(step))
+            learner.enter(bases_of(step))
             learner.open_window()
         measured = Measurement(
             torch.tensor(record["projected"], dtype=torch.float32),
@@ -48,12 +48,3 @@ def replay(
         learner.apply(step, measured, learning_rate=float(record["learning_rate"]), move=step not in skip)
         if record.get("ended_at") is not None:
             learner.go_back()
-
-
-def take_bases(learner: Learner, window: WindowBases) -> None:
-    """Give the learner's layers the bases, scales and guides of a window."""
-    for branch, scale in zip(learner.branches, window.scales, strict=True):
-        branch.group.basis = window.bases[branch.group.index].to(branch.c.device)
-        branch.scale = scale
-        if branch.guide is not None:
-            branch.guide = window.guides[branch.index].to(branch.c.device)

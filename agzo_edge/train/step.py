@@ -1,5 +1,6 @@
 """One AGZO step, top to bottom."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -61,9 +62,9 @@ def agzo_step(
         measured, loss = measure(model, batches, step=step, mu=mu, config=config, goal=goal, refresh=refresh)
         if left_out is not None:
             learner.open_window()
-        learning_rate = learner.learning_rate(step)
-        if config.objective != "reward":  # whose loss has no zero to be a share of
-            learning_rate = min(learning_rate, learner.longest_rate(measured, loss=loss))
+        # A reward has no zero to be a share of.
+        longest = math.inf if config.objective == "reward" else learner.longest_rate(measured, loss=loss)
+        learning_rate = learner.learning_rate(step, longest=longest)
         learner.apply(step, measured, learning_rate=learning_rate)
     return StepRecord(
         step=step,
@@ -149,8 +150,8 @@ def _require_finite(losses: Tensor, batches: Sequence[Batch], *, step: int, mu: 
     if bad:
         raise NonFiniteLossError(
             f"step {step + 1}: the loss of {', '.join(bad[:5])} is not finite. Nothing was learned from this step; "
-            f"look at these rows, or begin a new run, from this one's last checkpoint by --adapter, with a smaller "
-            f"--mu (now {mu:g}) or, where that of the run is narrower, --dtype float32"
+            f"look at these rows, or begin a new run with a smaller --mu (now {mu:g}) or, where that of the run is "
+            f"narrower, --dtype float32; --adapter CHECKPOINT goes on from what this one has learned"
         )
 
 
@@ -159,10 +160,10 @@ def _measured(losses: Tensor, batches: Sequence[Batch], *, mu: float, config: Ru
     weights = torch.cat([batch.weights for batch in batches])
     at_zero = losses.mean(0) if config.difference == "central" else losses[1 if config.difference == "forward" else 0]
     projected = projected_gradients(losses, mu=mu, difference=config.difference)
+    loss = float(weights @ at_zero)
     if config.directions == "shared":
-        projected, weights_out = (weights @ projected).reshape(1), torch.ones(1)
-        return Measurement(projected, weights_out), float(weights @ at_zero)
-    return Measurement(projected, weights), float(weights @ at_zero)
+        projected, weights = (weights @ projected).reshape(1), torch.ones(1)
+    return Measurement(projected, weights), loss
 
 
 def begin_window(model: EdgeModel, batches: Sequence[Batch], config: RunConfig, *, goal: Goal | None = None) -> Refresh:

@@ -70,27 +70,27 @@ def test_the_spread_is_an_exponential_mean_with_its_bias_corrected() -> None:
     spread = Spread()
     assert spread.root_mean_square() == 0.0
     for step in steps:
-        spread.observe(step)
+        spread = spread.with_step(step)
     shares = [Spread.DECAY**age for age in (2, 1, 0)]
     expected = sum(s * mean_square(x) for s, x in zip(shares, steps, strict=True)) / sum(shares)
     assert spread.root_mean_square() == pytest.approx(math.sqrt(expected), rel=1e-12)
 
 
 def test_the_first_spread_is_that_of_the_first_step() -> None:
-    spread = Spread()
-    spread.observe(torch.tensor([3.0, 4.0]))
+    spread = Spread().with_step(torch.tensor([3.0, 4.0]))
     assert spread.root_mean_square() == pytest.approx(math.sqrt(12.5))
 
 
 def test_a_spread_goes_on_from_its_two_numbers() -> None:
-    whole, first = Spread(), Spread()
-    for value in (1.0, 5.0):
-        whole.observe(torch.tensor([value]))
-        first.observe(torch.tensor([value]))
+    first = Spread().with_step(torch.tensor([1.0])).with_step(torch.tensor([5.0]))
     second = Spread(total=first.total, steps=first.steps)
-    for spread in (whole, second):
-        spread.observe(torch.tensor([2.0]))
-    assert whole.root_mean_square() == second.root_mean_square()
+    assert first.with_step(torch.tensor([2.0])) == second.with_step(torch.tensor([2.0]))
+
+
+def test_what_is_normalized_has_the_spread_as_its_unit() -> None:
+    projected = torch.tensor([3.0, -4.0])
+    assert_close(Spread().with_step(projected).normalized(projected), projected / math.sqrt(12.5))
+    assert not Spread().with_step(torch.zeros(2)).normalized(torch.zeros(2)).any()
 
 
 def test_clipping_cuts_both_ends_and_a_limit_of_zero_cuts_nothing() -> None:

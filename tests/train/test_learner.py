@@ -93,6 +93,17 @@ def test_the_longest_rate_is_that_of_a_quarter_of_the_loss_by_the_slopes_less_th
     assert learner.longest_rate(wild, loss=2.0) == pytest.approx(TRUST * 2.0 / math.sqrt((64 + 64 + 256) / 3))
     assert learner.longest_rate(Measurement(torch.zeros(3), WEIGHTS), loss=2.0) == math.inf
     assert new_learner(normalize=False).longest_rate(steady, loss=2.0) == math.inf
+    heavy = new_learner(optimizer="momentum", momentum=0.9)
+    assert heavy.longest_rate(steady, loss=2.0) == pytest.approx(0.1 * TRUST * 2.0 / 8.0)
+
+
+def test_the_schedule_and_what_was_lost_by_going_back_take_the_longest_rate_down_as_well() -> None:
+    learner = new_learner(learning_rate=0.1, lr_schedule="linear", max_steps=10)
+    assert learner.learning_rate(5) == pytest.approx(0.05)
+    assert learner.learning_rate(5, longest=0.2) == pytest.approx(0.05)
+    assert learner.learning_rate(5, longest=0.02) == pytest.approx(0.01)
+    learner.rate_factor = 1 / 3
+    assert learner.learning_rate(5, longest=0.02) == pytest.approx(0.01 / 3)
 
 
 def test_gradients_of_zero_move_nothing_and_break_nothing() -> None:
