@@ -8,6 +8,7 @@ from pathlib import Path
 
 from agzo_edge.config import RunConfig
 from agzo_edge.events import Evaluated
+from agzo_edge.model.branch import cut_to
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.rundir import BEST_NAME, JOURNAL_NAME, keep_evaluations, kept_evaluations
 from agzo_edge.train.best import best_step, out_of_patience
@@ -39,7 +40,8 @@ class Evaluations:
         if self.held_out is None or step in self.found:
             return
         examples = self.held_out.examples
-        metrics = metrics_of(self.model, examples, self.goal, guard=self.guard)
+        with cut_to(self.model.branches, self.guard.config.adapter_rank):  # what is saved is what was scored
+            metrics = metrics_of(self.model, examples, self.goal, guard=self.guard)
         if step == 0 and not math.isfinite(metrics.loss):
             refuse_bad_rows([example.place for example in examples if not self._is_finite_on(example)])
         self.found[step] = metrics

@@ -14,7 +14,6 @@ from agzo_edge.model.setup import on_planned_device, require_usable_device
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.examples import load_examples
-from agzo_edge.writers import writes_to_residual
 
 
 def run_data(config: RunConfig, facts: ModelFacts) -> tuple[ExampleSet, ExampleSet | None]:
@@ -26,12 +25,15 @@ def run_data(config: RunConfig, facts: ModelFacts) -> tuple[ExampleSet, ExampleS
 
 
 def on_adapters_layers(config: RunConfig, changes: Mapping[str, LowRank], facts: ModelFacts) -> RunConfig:
-    """The run on the layers of the adapter that it begins with, where it names none itself."""
+    """The run on the layers of the adapter that it begins with, where it names none itself.
+
+    Whether these can be guided, and the rank that goes with it, is settled as where they are named.
+    """
     layers = tuple(name for name in changes if name in facts.linears)  # what does not fit is told of as such
     if config.target_modules or not layers:
         return config
-    guide = config.guide if any(map(writes_to_residual, layers)) else "none"
-    return config.model_copy(update={"target_modules": layers, "guide": guide})
+    guide = "auto" if config.guide == "head" else "none"
+    return RunConfig(**{**config.model_dump(exclude_unset=True), "target_modules": layers, "guide": guide})
 
 
 def planned_run(

@@ -34,6 +34,7 @@ from agzo_edge.record.bases import save_bases
 from agzo_edge.record.files import aside, atomic_write_bytes, atomic_write_text, sync_directory, writing
 from agzo_edge.record.journal import Journal, JournalWriter, read_header, read_journal
 from agzo_edge.record.lock import LOCK_NAME
+from agzo_edge.record.replay_file import COURSE_FIELDS
 from agzo_edge.record.strict_json import strict_object
 from agzo_edge.record.tensors import checked_bytes
 from agzo_edge.train.data import ExampleSet
@@ -54,6 +55,8 @@ _FREE_TO_CHANGE = {
     "save_steps", "report_to", "max_steps", "model", "data", "metric_for_best_model", "early_stopping_patience",
     "micro_batch_size", "fuse_signs", "mlp_chunk_tokens", "logits_chunk", "offload", "reward_timeout_s",
 }  # fmt: skip
+
+_OF_FEW_STEPS = ("left_out", *COURSE_FIELDS)  # what the journal has of a step only where there is something to tell
 
 _MUST_BE_THE_SAME = {
     "base_sha256": "the base model",
@@ -130,16 +133,13 @@ def keep_step(directory: Path, journal: JournalWriter, timed: TimedStep, learner
             "loss": record.loss,
             "learning_rate": record.learning_rate,
             "mu": record.mu,
-            "projected": list(record.projected),
-            "weights": list(record.weights),
+            "projected": record.projected,
+            "weights": record.weights,
             "label_tokens": record.label_tokens,
             "tokens": timed.tokens,
             "wall_s": round(timed.wall_s, 6),
             "peak_bytes": timed.peak_bytes,
-            **({} if record.left_out is None else {"left_out": record.left_out}),
-            **({} if record.watched is None else {"watched": list(record.watched)}),
-            **({} if record.went_back_to is None else {"went_back_to": record.went_back_to}),
-            **({} if record.ended_at is None else {"ended_at": record.ended_at}),
+            **{name: told for name in _OF_FEW_STEPS if (told := getattr(record, name)) is not None},
         }
     )
 

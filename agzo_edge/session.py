@@ -17,7 +17,7 @@ from agzo_edge import demo
 from agzo_edge.account import Account
 from agzo_edge.budget.facts import model_facts
 from agzo_edge.config import RunConfig, Sampling
-from agzo_edge.errors import BudgetBrokenError, ConfigError, DataError
+from agzo_edge.errors import BudgetBrokenError, ConfigError, DataError, NonFiniteLossError, RewardError
 from agzo_edge.evaluations import Evaluations
 from agzo_edge.events import (
     DataReady,
@@ -32,7 +32,7 @@ from agzo_edge.events import (
     WentBack,
 )
 from agzo_edge.footprint import Footprint
-from agzo_edge.model.branch import set_learned
+from agzo_edge.model.branch import cut_to, set_learned
 from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_model
 from agzo_edge.model.memory import expect_outside_torch, refused_as_budget
@@ -171,6 +171,7 @@ class _Session:
             now = header_of(self.config, self.model, self.account.data, mu=header["mu"])
             require_same_run(header, now, directory=self.out)
             compute_as_begun(header)
+            header = header | {"config": header["config"] | {"model": self.config.model}}  # it may have been moved
             discard_halves(self.out)
             self.evaluations.take_up()
             self.account.take_records(begun.records)
@@ -223,7 +224,7 @@ class _Session:
                     return
                 if _is_due(done, self.config.save_steps) and done < self.config.max_steps:
                     yield Saved(done, save_checkpoint(self.out, learner, header, step=done, card=self.account.card()))
-        except (GeneratorExit, BudgetBrokenError, DataError):  # the last: of a row that nobody had looked at
+        except (GeneratorExit, BudgetBrokenError, DataError, NonFiniteLossError, RewardError):
             if learner.rate_factor == rate_factor:  # else it has gone back for a step that failed, and no line says so
                 save_checkpoint(self.out, learner, header, step=done, card=self.account.card())
             raise
@@ -266,7 +267,8 @@ class _Session:
 
     def _answers(self) -> list[str]:
         writer = TextModel(self.model)
-        return [writer.generate(prompt, sampling=SAMPLE) for prompt in self.samples]
+        with cut_to(self.model.branches, self.config.adapter_rank):
+            return [writer.generate(prompt, sampling=SAMPLE) for prompt in self.samples]
 
 
 def _is_due(done: int, every: int) -> bool:

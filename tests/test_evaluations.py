@@ -70,6 +70,16 @@ def test_the_best_adapter_is_the_one_of_its_step(tmp_path: Path) -> None:
     assert all(kept[name].equal(expected[name]) for name in kept)
 
 
+def test_what_a_run_reports_is_what_its_adapter_scores(tmp_path: Path) -> None:
+    """Of what was learned: the sum of windows is wider than the adapter, and is cut when it is saved."""
+    config = config_of(tmp_path / "run", adapter_rank=2, undo_every=0)
+    *_, finished = training(config)
+    assert isinstance(finished, Finished)
+    scored = agzo_edge.evaluate(data=str(config.eval_data), adapter=tmp_path / "run")
+    assert finished.run.after is not None
+    assert finished.run.after.loss == pytest.approx(scored.loss, rel=1e-4)
+
+
 def test_a_run_without_progress_stops_and_stays_stopped_when_it_is_resumed(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", learning_rate=6.0, normalize=False, early_stopping_patience=2)
     events = list(training(config))

@@ -6,7 +6,8 @@
 A branch is plain tensors, so replay can rebuild an adapter without a model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -154,6 +155,23 @@ def make_branches(
             )
         )
     return branches
+
+
+@contextmanager
+def cut_to(branches: Sequence[Branch], rank: int) -> Iterator[None]:
+    """Inside, the layers change by what an adapter of `rank` holds of what they have learned; then all of it is back.
+
+    Weights that are held dequantized stay: they are a result themselves.
+    """
+    before = [(branch.folded, branch.c, branch.steps_in_window) for branch in branches]
+    try:
+        for branch in branches:
+            if branch.held is None and branch.folded.rank + branch.c.shape[1] > rank:
+                branch.folded, branch.c, branch.steps_in_window = branch.result(rank), torch.zeros_like(branch.c), 0
+        yield
+    finally:
+        for branch, (folded, c, steps_in_window) in zip(branches, before, strict=True):
+            branch.folded, branch.c, branch.steps_in_window = folded, c, steps_in_window
 
 
 def set_learned(branches: Sequence[Branch], changes: Mapping[str, LowRank]) -> None:

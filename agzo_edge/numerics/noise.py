@@ -186,7 +186,8 @@ def next_guide(
 
     A guess that is zero, or not finite, leaves the guide before.
     """
-    return _unit(memory * _unit(previous) + (1.0 - memory) * _unit(guess.float()))
+    guess = _unit(guess.float())
+    return _unit(torch.where(guess.any(), memory * _unit(previous) + (1.0 - memory) * guess, previous))
 
 
 def _unit(direction: Tensor) -> Tensor:

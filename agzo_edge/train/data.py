@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from agzo_edge.config import RunConfig
 from agzo_edge.data_config import Objective
 from agzo_edge.model.device import sent
+from agzo_edge.train.length import longest_tokens
 from agzo_edge.train.tokens import TokenRow
 
 Sample = tuple[tuple[str, bool], ...]  # stretches of text, and whether each is learned
@@ -72,7 +73,7 @@ class ExampleSet:
         """(training examples,): the tokens of each one's longest row, or the bytes of its line; like goes with like."""
         if self.line_bytes is not None:
             return self.line_bytes
-        return np.array([max(len(row.input_ids) for row in example.rows) for example in self.examples])
+        return np.array([longest_tokens(example.rows) for example in self.examples])
 
     @property
     def rows(self) -> Iterator[TokenRow]:
@@ -176,7 +177,7 @@ def _batch(
     pad_id: int,
 ) -> Batch:
     rows = [row for example in examples for row in example.rows]
-    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    shape = (len(rows), longest_tokens(rows))
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=np.int64)
     is_label = np.zeros(shape, dtype=np.bool_)
@@ -209,7 +210,7 @@ def longest_examples(data: ExampleSet, n: int) -> list[Example]:
     """
 
     def size(example: Example) -> int:
-        return len(example.rows) * max(len(row.input_ids) for row in example.rows)
+        return len(example.rows) * longest_tokens(example.rows)
 
     by_tokens = sorted(data.largest or chain(data.examples, data.held_back), key=size)
     return [by_tokens[-1 - i % len(by_tokens)] for i in range(n)]

@@ -19,6 +19,7 @@ from agzo_edge.numerics.scores import (
     share_interval,
 )
 from agzo_edge.train.data import Batch, Example, collate, pad_id_of
+from agzo_edge.train.length import longest_tokens
 from agzo_edge.train.objective import GOALS, Goal, Outcome
 
 
@@ -114,7 +115,7 @@ def _batches(
     examples: Sequence[Example], model: EdgeModel, *, objective: Objective, batch_size: int
 ) -> Iterator[Batch]:
     """Batches with little padding: the examples ordered by their longest row."""
-    by_length = sorted(examples, key=lambda example: max(len(row.input_ids) for row in example.rows))
+    by_length = sorted(examples, key=lambda example: longest_tokens(example.rows))
     pad_id = pad_id_of(model.tokenizer)
     for start in range(0, len(by_length), batch_size):
         yield collate(by_length[start : start + batch_size], pad_id=pad_id, objective=objective)

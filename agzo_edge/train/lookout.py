@@ -27,7 +27,7 @@ class Look:
 
 
 class Lookout:
-    """Watches a few training examples, and takes the learner back to its best state when the run has done harm."""
+    """Watches a few examples, and takes the learner back to its best state when the run has done harm."""
 
     def __init__(
         self, model: EdgeModel, learner: Learner, data: ExampleSet, *, guard: Guard, goal: Goal | None = None
@@ -40,8 +40,8 @@ class Lookout:
 
         Raises NonFiniteLossError at the first look, naming the rows on which the model itself has no finite loss.
         """
-        learner = self._learner
-        if not is_due(step, self._guard.config) and not is_lost(last_loss, learner.watched):
+        learner, config = self._learner, self._guard.config
+        if not is_due(step, config) and not is_lost(last_loss, learner.watched, batch_size=config.batch_size):
             return Look()
         losses = self._losses()
         if is_harm(losses, learner.watched):

@@ -101,7 +101,7 @@ def _cuts(n_tokens: Sequence[int], is_blank: Sequence[bool], *, room: int) -> It
         end = max(start + 1, int(np.searchsorted(before, before[start] + room, side="right")) - 1)
         if end < len(n_tokens):
             blank = int(after_blank[np.searchsorted(after_blank, end, side="right") - 1]) if after_blank.size else 0
-            if blank <= end and before[blank] - before[start] >= room / 2:
+            if start < blank <= end and before[blank] - before[start] >= room / 2:
                 end = blank
         yield start, end
         start = end

@@ -22,7 +22,7 @@ HELD_BACK_SHARE = 1 / 10  # of the data at most
 ENOUGH_WATCHED = 16  # to tell a small gain from chance
 USUAL_BATCH = 16  # where fewer make a step, looks are rarer: they take the same share of a run
 CHANCE_ERRORS = 2.0  # standard errors of a mean difference: by chance one look in 44 lies further above, one below
-LOST_DEVIATIONS = 2.0  # of single examples: a batch is hardly by chance so far above the best state's mean
+LOST_ERRORS = 8.0  # standard errors of a batch's mean: no batch is by chance so far above the best state's
 
 
 def is_due(step: int, config: RunConfig) -> bool:
@@ -109,6 +109,6 @@ def _errors_above(losses: Sequence[float], best: Sequence[float]) -> float:
     return standard_errors_above(torch.tensor(losses), torch.tensor(best))
 
 
-def is_lost(loss: float, best: Sequence[float]) -> bool:
-    """Whether one step's loss alone asks for a look at the watched examples."""
-    return len(best) > 1 and loss > fmean(best) + LOST_DEVIATIONS * pstdev(best)
+def is_lost(loss: float, best: Sequence[float], *, batch_size: int) -> bool:
+    """Whether the loss of one step's examples alone asks for a look at the watched ones."""
+    return len(best) > 1 and loss > fmean(best) + LOST_ERRORS * pstdev(best) / math.sqrt(batch_size)

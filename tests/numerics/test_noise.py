@@ -195,4 +195,5 @@ def test_a_guide_is_the_mean_of_two_directions_and_outlives_a_guess_that_says_no
     assert_close(next_guide(1e-20 * guess, 5e9 * previous, memory=0.3), mixed / mixed.square().mean().sqrt())
     for nothing in (torch.zeros(5, 3), torch.full((5, 3), torch.nan), torch.full((5, 3), torch.inf)):
         assert_close(next_guide(nothing, previous, memory=0.3), unit[1])
+        assert_close(next_guide(nothing, previous, memory=0.0), unit[1])
     assert not next_guide(torch.zeros(5, 3), torch.zeros(5, 3), memory=0.3).any()

@@ -57,6 +57,11 @@ def test_nothing_but_blank_lines_is_lost_and_every_row_fits(lines: list[str], ma
     assert all(len(row.fields["text"]) + 2 <= max_tokens for row in pieces)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_a_length_without_room_for_a_line_gives_each_line_a_row(max_tokens: int) -> None:
+    assert [row.fields["text"] for row in pieces_of("one\n\ntwo\n", max_tokens=max_tokens)] == ["one", "two"]
+
+
 @pytest.mark.parametrize("name", ["stories260K", "tiny-novels", "tinystories-chat-3m"])
 def test_a_real_text_fits_whatever_the_tokenizer(shared_dir: Path, tmp_path: Path, name: str) -> None:
     text = (shared_dir / "data" / "tinyshakespeare" / "input.txt").read_text()[:30_000]

@@ -142,6 +142,15 @@ def test_a_reward_that_is_none_names_the_row(opened: list[Judge], ours: str, nam
         judge_of(opened, f"{ours}:{name}").rewards([QUESTION])
 
 
+def test_a_reward_whose_process_was_ended_names_the_row(opened: list[Judge], ours: str) -> None:
+    judge = judge_of(opened, f"{ours}:fine")
+    assert judge.rewards([QUESTION]) == [5.0]
+    judge._process.kill()
+    judge._process.wait()
+    with pytest.raises(RewardError, match=r"notes.jsonl:12: reward '.*' ended its process \(exit code -9\)"):
+        judge.rewards([QUESTION])
+
+
 def test_a_reward_that_takes_for_ever_is_ended(opened: list[Judge], ours: str) -> None:
     judge = judge_of(opened, f"{ours}:hangs", timeout_s=0.3)
     start_s = time.monotonic()

@@ -70,9 +70,15 @@ def test_a_single_example_that_got_worse_is_harm() -> None:
 
 def test_a_batch_far_above_the_best_state_asks_for_a_look() -> None:
     best = [1.0, 2.0, 3.0]  # mean 2, deviation 0.82
-    assert is_lost(3.7, best)
-    assert not is_lost(3.6, best)
-    assert not is_lost(1e9, []), "nothing was looked at yet"
+    assert is_lost(3.7, best, batch_size=16)
+    assert not is_lost(3.6, best, batch_size=16)
+    assert not is_lost(1e9, [], batch_size=16), "nothing was looked at yet"
+
+
+def test_a_single_example_far_above_the_mean_is_nothing_strange() -> None:
+    best = [1.0, 2.0, 3.0]
+    assert is_lost(8.6, best, batch_size=1)
+    assert not is_lost(8.4, best, batch_size=1)
 
 
 @pytest.mark.parametrize(
