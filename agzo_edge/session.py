@@ -37,6 +37,7 @@ from agzo_edge.model.device import chosen_device
 from agzo_edge.model.load import load_model
 from agzo_edge.model.memory import expect_outside_torch, refused_as_budget
 from agzo_edge.model.runtime import EdgeModel
+from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.paths import lasting
 from agzo_edge.preparation import on_adapters_layers, planned_run, run_data
 from agzo_edge.rebuild import bring_up_to, compute_as_begun
@@ -45,6 +46,8 @@ from agzo_edge.record.lock import RunLock
 from agzo_edge.rundir import (
     BEST_NAME,
     JOURNAL_NAME,
+    STATE_NAME,
+    checkpoint_path,
     discard_halves,
     header_of,
     keep_step,
@@ -91,7 +94,7 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     named = {name: getattr(config, name) for name in ("model", "data", "eval_data", "adapter")}
     config = config.model_copy(update={name: place and lasting(place) for name, place in named.items()})
     facts = model_facts(str(config.model))  # first of all: a model that is not there is refused at once
-    changes = load_changes(Path(config.adapter)) if config.adapter else {}
+    changes = _starting_changes(config, out) if config.adapter else {}
     config = on_adapters_layers(config, changes, facts)
     facts.require_trainable(config.target_modules)
     data, held_out = run_data(config, facts)
@@ -269,6 +272,13 @@ class _Session:
         writer = TextModel(self.model)
         with cut_to(self.model.branches, self.config.adapter_rank):
             return [writer.generate(prompt, sampling=SAMPLE) for prompt in self.samples]
+
+
+def _starting_changes(config: RunConfig, out: Path) -> Mapping[str, LowRank]:
+    """Those of the adapter to begin with; nothing where it is gone and the run to resume has them in a checkpoint."""
+    adapter = Path(str(config.adapter))
+    is_kept = (checkpoint_path(out, 0) / STATE_NAME).is_file()  # only of a run that is there to be resumed
+    return {} if is_kept and not adapter.exists() else load_changes(adapter)
 
 
 def _is_due(done: int, every: int) -> bool:

@@ -18,7 +18,15 @@ from safetensors.torch import load_file
 import agzo_edge
 from agzo_edge import demo
 from agzo_edge.config import RunConfig, config_from
-from agzo_edge.errors import AdapterError, BudgetBrokenError, BudgetError, ConfigError, ModelError
+from agzo_edge.errors import (
+    AdapterError,
+    BudgetBrokenError,
+    BudgetError,
+    ConfigError,
+    ModelError,
+    NonFiniteLossError,
+    RewardError,
+)
 from agzo_edge.events import Evaluated, Event, Finished, Moved, Planned, Saved, Stepped, WentBack
 from agzo_edge.record.journal import JournalWriter, read_journal
 from agzo_edge.session import training
@@ -316,6 +324,21 @@ def test_a_run_that_went_back_for_a_step_that_failed_goes_on_as_if_it_had_not(
     assert adapter_of(out) == adapter_of(tmp_path / "replayed") == adapter_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("error", [NonFiniteLossError, RewardError])
+def test_a_run_that_fails_in_a_step_leaves_what_it_had_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fails(*arguments: object, step: int, **named: object) -> object:
+        if step == 2:
+            raise error("row 3")
+        return agzo_step(*arguments, step=step, **named)
+
+    monkeypatch.setattr("agzo_edge.train.loop.agzo_step", fails)
+    with pytest.raises(error):
+        trained(tmp_path / "run", undo_every=0, save_steps=0)
+    agzo_edge.load(adapter=tmp_path / "run" / "checkpoint-2")
+
+
 def test_an_adapter_of_a_run_that_has_not_ended_is_no_adapter_yet(tmp_path: Path) -> None:
     events = training(config_of(tmp_path / "run"))
     next(event for event in events if isinstance(event, Stepped))
@@ -428,6 +451,23 @@ def test_an_adapter_can_be_trained_further(whole_run: Path, tmp_path: Path) -> N
 
     moved = (change(further) - change(first)).norm()
     assert 0 < moved < change(first).norm(), "two small steps from the adapter, not from nothing"
+
+
+def test_a_run_that_began_with_an_adapter_is_resumed_without_it_and_where_its_model_is_now(
+    whole_run: Path, tmp_path: Path
+) -> None:
+    first = shutil.copytree(whole_run, tmp_path / "first")
+    models = [shutil.copytree(demo.MODEL_DIR, tmp_path / name) for name in ("model", "moved")]
+    settings = {"adapter": str(first), "max_steps": 4, "target_modules": ("o_proj", "down_proj"), "seed": 1}
+    trained(tmp_path / "whole", model=str(models[0]), **settings)
+    events = training(config_of(tmp_path / "run", model=str(models[0]), **settings))
+    next(event for event in events if isinstance(event, Stepped))
+    events.close()
+    shutil.rmtree(first)
+    shutil.rmtree(models[0])
+    trained(tmp_path / "run", resume=True, model=str(models[1]), **settings)
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
+    agzo_edge.load(adapter=tmp_path / "run")  # on the model as the run knows it now
 
 
 def test_an_adapter_wider_than_the_cap_is_refused(whole_run: Path, tmp_path: Path) -> None:
