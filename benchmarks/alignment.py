@@ -44,7 +44,8 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.basis import starting_basis
 from agzo_edge.numerics.estimate import gradient_estimate
 from agzo_edge.train.data import Batch, Example, collate, pad_id_of
-from agzo_edge.train.objective import loss_of
+from agzo_edge.train.goal import goal_of
+from agzo_edge.train.objective import GOALS, loss_of
 from agzo_edge.train.probe import probe_mu
 from agzo_edge.train.step import find_window, measure
 from agzo_edge.train.tokens import TokenRow
@@ -79,7 +80,7 @@ def text_batches(model: EdgeModel, text: str, *, batches: int, tokens: int) -> l
 def mezo_draws(model: EdgeModel, batch: Batch, gradient: Gradient, *, seeds: range) -> Iterator[Draw]:
     """MeZO's estimates g z."""
     weights = [layer.base.dense() for layer in model.layers.values()]
-    mezo = Mezo(weights, lambda: float(batch.weights @ loss_of(model, batch, objective="lm")[0]))
+    mezo = Mezo(weights, lambda: float(batch.weights @ loss_of(model, batch, goal=GOALS["lm"])[0]))
     for seed in seeds:
         projected = mezo.projected_gradient(seed)
         cosine = cosine_of(
@@ -131,13 +132,13 @@ class Agzo:
             branch.c = torch.zeros(branch.out_features, branch.group.rank)
             branch.scale = 1.0
             branch.guide = None if branch.guide is None else torch.zeros_like(branch.c)  # none before to remember
-        find_window(self.model, [batch], self.config)
+        find_window(self.model, [batch], self.config, goal=goal_of(self.config))
 
     def _estimates(self, batch: Batch, *, step: int) -> list[Tensor]:
         """Each layer's estimate (out_features, rank) in its basis: what the plain update would follow."""
         mu = self.config.mu
         assert mu != "auto"
-        found, _ = measure(self.model, [batch], step=step, mu=mu, config=self.config)
+        found, _ = measure(self.model, [batch], step=step, mu=mu, config=self.config, goal=goal_of(self.config))
         shares = found.weights * found.projected
         return [
             branch.scale
@@ -152,8 +153,10 @@ class Agzo:
 def probed(model: EdgeModel, rows: Sequence[Example], config: RunConfig) -> float:
     """The mu that `auto` takes on these rows."""
     batch = collate(rows, pad_id=pad_id_of(model.tokenizer), objective="lm")
-    find_window(model, [batch], config)
-    return probe_mu(lambda mu: measure(model, [batch], step=0, mu=mu, config=config)[0].projected).mu
+    find_window(model, [batch], config, goal=goal_of(config))
+    return probe_mu(
+        lambda mu: measure(model, [batch], step=0, mu=mu, config=config, goal=goal_of(config))[0].projected
+    ).mu
 
 
 def settings_of(

@@ -14,7 +14,7 @@ from agzo_edge.model.device import chosen_dtype
 from agzo_edge.model.passes import Refresh
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.train.data import Batch
-from agzo_edge.train.objective import loss_of
+from agzo_edge.train.objective import GOALS, loss_of
 
 LORA_RANK = 16  # as wide as our adapter gets
 Step = Callable[[], object]
@@ -33,7 +33,7 @@ class PaperInPlace(Mezo):
         super().__init__(weights, lambda: self._loss(Refresh.NONE), eps=1e-3)
 
     def _loss(self, refresh: Refresh) -> float:
-        return float(self.shares @ loss_of(self.model, self.batch, objective="lm", refresh=refresh)[0].cpu())
+        return float(self.shares @ loss_of(self.model, self.batch, goal=GOALS["lm"], refresh=refresh)[0].cpu())
 
     def projected_gradient(self, seed: int) -> float:
         """(l⁺ − l⁰) / eps, the bases found in the forward that gives l⁰."""
@@ -61,7 +61,7 @@ def mezo_step(model: EdgeModel, batch: Batch) -> Step:
     """A MeZO step on the layers that AGZO adapts: two forwards of B rows, four passes over the weights."""
     weights = [layer.base.dense() for layer in model.layers.values()]
     there = batch.to(model.device)
-    mezo = Mezo(weights, lambda: float(batch.weights @ loss_of(model, there, objective="lm")[0].cpu()))
+    mezo = Mezo(weights, lambda: float(batch.weights @ loss_of(model, there, goal=GOALS["lm"])[0].cpu()))
     return lambda: mezo.step(0, learning_rate=1e-6)
 
 

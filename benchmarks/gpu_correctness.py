@@ -13,6 +13,7 @@ from agzo_edge.model.device import sent
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.noise import draw_noise
 from agzo_edge.train.data import Batch
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.step import agzo_step, find_window, measure
 
@@ -45,7 +46,7 @@ def _step(config: RunConfig, batch: Batch) -> Row:
     """The loss, the projected gradients and what one step learned, on the CPU."""
     model = random_model("tiny", config)
     learner = Learner(model.branches, config)
-    record = agzo_step(model, [batch], learner, step=0, mu=MU, config=config)
+    record = agzo_step(model, [batch], learner, step=0, mu=MU, config=config, goal=goal_of(config))
     # C Aᵀ and not C: a basis may come out with other signs, and the noise is drawn in its coordinates
     update = torch.cat([branch.learned().dense().cpu().flatten() for branch in model.branches])
     return {"model": model, "loss": record.loss, "projected": torch.tensor(record.projected), "update": update}
@@ -83,9 +84,9 @@ def _projected(config: RunConfig, batch: Batch, *, mu: float) -> Tensor:
     """The projected gradients of the first step's noise, on bases found in float32 whatever the dtype."""
     model = random_model("tiny", config)
     bases = random_model("tiny", config.model_copy(update={"dtype": "float32"}))
-    find_window(bases, [batch], config)
+    find_window(bases, [batch], config, goal=goal_of(config))
     for group, found in zip(model.groups, bases.groups, strict=True):
         group.basis = found.basis
     for branch, found in zip(model.branches, bases.branches, strict=True):
         branch.scale, branch.guide = found.scale, found.guide
-    return measure(model, [batch], step=0, mu=mu, config=config)[0].projected
+    return measure(model, [batch], step=0, mu=mu, config=config, goal=goal_of(config))[0].projected

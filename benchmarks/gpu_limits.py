@@ -16,6 +16,7 @@ from agzo_edge.config import RunConfig
 from agzo_edge.model.memory import capped
 from agzo_edge.model.offload import settle
 from agzo_edge.train.data import Example, micro_batches
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.guard import Guard
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.step import agzo_step
@@ -68,7 +69,8 @@ def _guarded_steps(setting: Setting, model: Any, fitted: FittedRun, examples: li
     def step(config: RunConfig) -> None:
         size = config.micro_batch_size or config.batch_size
         parts = list(micro_batches(examples, micro_batch_size=size, pad_id=0, objective="lm"))
-        agzo_step(model, parts, learner, step=0, mu=MU, config=config)  # step 0 opens a window: the most that one needs
+        # step 0 opens a window: the most that one needs
+        agzo_step(model, parts, learner, step=0, mu=MU, config=config, goal=goal_of(config))
 
     guard.rehearse(step)
     times = in_turns(setting, {"step": lambda: guard.run(step)}, repetitions=1 if setting.small else 2)["step"]

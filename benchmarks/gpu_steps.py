@@ -14,8 +14,9 @@ from agzo_edge.budget.detect import machine_profile
 from agzo_edge.budget.plan import memory_plan
 from agzo_edge.config import RunConfig
 from agzo_edge.train.data import Batch
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.learner import Learner
-from agzo_edge.train.objective import loss_of
+from agzo_edge.train.objective import GOALS, loss_of
 from agzo_edge.train.step import agzo_step
 
 MU = 1e-2
@@ -39,7 +40,7 @@ class Subject:
     def step(self, batch: Batch, step: int) -> None:
         """One AGZO step, no window folded before it."""
         self._forget_folded()
-        agzo_step(self.model, [batch], self.learner, step=step, mu=MU, config=self.config)
+        agzo_step(self.model, [batch], self.learner, step=step, mu=MU, config=self.config, goal=goal_of(self.config))
 
     def runs(self, batch: Batch, twice: Batch) -> dict[str, Run]:
         """The plain forward of 2B rows without any branch, a step, and a step that finds new bases."""
@@ -55,7 +56,7 @@ class Subject:
         done = [branch.steps_in_window for branch in self.model.branches]
         for branch in self.model.branches:
             branch.steps_in_window = 0
-        loss_of(self.model, batch.to(self.model.device), objective="lm").cpu()
+        loss_of(self.model, batch.to(self.model.device), goal=GOALS["lm"]).cpu()
         for branch, steps in zip(self.model.branches, done, strict=True):
             branch.steps_in_window = steps
 

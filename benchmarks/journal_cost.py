@@ -29,6 +29,7 @@ from agzo_edge.model.load import load_model
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.rundir import JOURNAL_NAME, header_of, keep_step
 from agzo_edge.train.data import DataReport, Example, ExampleSet
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.guard import Guard
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.loop import run_steps
@@ -68,7 +69,7 @@ def measured_steps(source: str, data: ExampleSet, config: RunConfig, run_dir: Pa
     kept = []
     with JournalWriter.create(run_dir / JOURNAL_NAME, header_of(config, model, data, mu=MU)) as journal:
         before_s = time.process_time()
-        for timed in run_steps(model, learner, data, guard=guard, mu=MU):
+        for timed in run_steps(model, learner, data, guard=guard, mu=MU, goal=goal_of(config)):
             cpu_s, start_s = time.process_time() - before_s, time.perf_counter()
             keep_step(run_dir, journal, timed, learner)
             record_s = time.perf_counter() - start_s

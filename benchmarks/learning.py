@@ -35,6 +35,7 @@ from agzo_edge.model.memory import PeakMeter
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.evaluate import evaluate
+from agzo_edge.train.objective import GOALS
 
 LOST_LOSS = 50.0  # nats: four times what a uniform guess over a vocabulary of 150,000 costs; the weights blew up
 HALF_DECADE = math.sqrt(10.0)
@@ -98,7 +99,9 @@ def one_run(setup: Setup, task: str, arguments: argparse.Namespace) -> Run:
 
 def _held_out(model: EdgeModel, held_out: ExampleSet, task: str) -> tuple[float, float | None]:
     """(loss, accuracy); a loss that is not finite counts as LOST_LOSS."""
-    metrics = evaluate(model, held_out.examples, objective=TASKS[task].objective, batch_size=32)
+    metrics = evaluate(
+        model, held_out.examples, objective=TASKS[task].objective, goal=GOALS[TASKS[task].objective], batch_size=32
+    )
     loss = metrics.loss if math.isfinite(metrics.loss) else LOST_LOSS
     return round(min(loss, LOST_LOSS), 5), metrics.accuracy
 

@@ -31,9 +31,10 @@ from agzo_edge.model.load import load_model
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.update import scheduled_rate
 from agzo_edge.train.data import ExampleSet
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.loop import batches_of_step, probed_mu
-from agzo_edge.train.objective import loss_of
+from agzo_edge.train.objective import GOALS, loss_of
 from agzo_edge.train.step import agzo_step
 
 Base = Literal["float32", "8bit", "4bit"]
@@ -133,13 +134,14 @@ def training(setup: Setup, model: EdgeModel, data: ExampleSet) -> Iterator[float
     elif setup.method in ("mezo", "lozo"):
         yield from _perturbed_weights(Mezo if setup.method == "mezo" else Lozo, model, data, config)
     else:
+        goal = goal_of(config)
         mu = config.mu if config.difference != "exact" else 1.0
         if mu == "auto":
-            mu = probed_mu(model, data, config).mu
+            mu = probed_mu(model, data, config, goal=goal).mu
         learner = Learner(model.branches, config)
         for step in range(config.max_steps):
             batches = batches_of_step(model, data, step=step, config=config)
-            yield agzo_step(model, batches, learner, step=step, mu=mu, config=config).loss
+            yield agzo_step(model, batches, learner, step=step, mu=mu, config=config, goal=goal).loss
 
 
 def loaded(setup: Setup) -> EdgeModel:
@@ -169,7 +171,7 @@ def _perturbed_weights(method: type[Mezo], model: EdgeModel, data: ExampleSet, c
     losses: list[float] = []
 
     def loss() -> float:
-        losses.append(float(batch.weights @ loss_of(model, batch, objective=config.objective)[0]))
+        losses.append(float(batch.weights @ loss_of(model, batch, goal=GOALS[config.objective])[0]))
         return losses[-1]
 
     weights = [layer.base.dense() for layer in model.layers.values()]

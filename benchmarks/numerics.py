@@ -21,6 +21,7 @@ from learning_tasks import TASKS, task_examples
 from agzo_edge.config import config_from
 from agzo_edge.model.load import load_model
 from agzo_edge.train.fidelity import Fidelity, fidelity
+from agzo_edge.train.goal import goal_of
 
 MODELS = ("stories260K", "tiny-novels", "tinystories-chat-3m")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -32,7 +33,7 @@ def seen_by(source: Path, task: str, base: str, *, dtype: str) -> Fidelity:
     config = config_from(settings, BASES[base])
     model = load_model(str(source), config)
     data, _ = task_examples(TASKS[task], model.tokenizer, held_out=1)
-    return fidelity(model, data, config)
+    return fidelity(model, data, config, goal=goal_of(config))
 
 
 def summary_row(where: dict[str, str], seen: Fidelity) -> dict[str, Any]:

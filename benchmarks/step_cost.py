@@ -38,8 +38,9 @@ from agzo_edge.config import RunConfig, config_from
 from agzo_edge.model.load import load_model
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.train.data import Batch, Example, collate
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.learner import Learner
-from agzo_edge.train.objective import loss_of
+from agzo_edge.train.objective import GOALS, loss_of
 from agzo_edge.train.step import agzo_step
 from agzo_edge.train.tokens import TokenRow
 
@@ -96,7 +97,9 @@ class Subject:
 
     def step(self, step: int) -> None:
         """One AGZO step."""
-        agzo_step(self.model, [self.batch], self.learner, step=step, mu=MU, config=self.config)
+        agzo_step(
+            self.model, [self.batch], self.learner, step=step, mu=MU, config=self.config, goal=goal_of(self.config)
+        )
 
     def put_back(self) -> None:
         """Everything learned is as it was; not part of any measured time."""
@@ -119,7 +122,7 @@ def variants_of(source: str, batch: Batch, twice: Batch, config: RunConfig) -> d
     refresh_step = config.refresh_every
 
     def plain(subject: Subject) -> Callable[[], Any]:
-        return lambda: loss_of(subject.model, twice, objective="lm")
+        return lambda: loss_of(subject.model, twice, goal=GOALS["lm"])
 
     return {
         "plain": (fresh.forget, plain(fresh)),
@@ -135,7 +138,7 @@ def mezo_variant(source: str, batch: Batch, config: RunConfig) -> Variant:
     """A MeZO step on the dense weights of the layers that AGZO adapts."""
     model = load_model(source, config)
     weights = [layer.base.dense() for layer in model.layers.values()]
-    mezo = Mezo(weights, lambda: float(batch.weights @ loss_of(model, batch, objective="lm")[0]))
+    mezo = Mezo(weights, lambda: float(batch.weights @ loss_of(model, batch, goal=GOALS["lm"])[0]))
     return lambda: None, lambda: mezo.step(0, learning_rate=1e-6)
 
 

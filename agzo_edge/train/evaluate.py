@@ -20,7 +20,7 @@ from agzo_edge.numerics.scores import (
 )
 from agzo_edge.train.data import Batch, Example, collate, pad_id_of
 from agzo_edge.train.length import longest_tokens
-from agzo_edge.train.objective import GOALS, Goal, Outcome
+from agzo_edge.train.objective import Goal, Outcome
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def evaluate(
     *,
     objective: Objective,
     batch_size: int,
-    goal: Goal | None = None,  # the objective with its settings; may be left out where it has none
+    goal: Goal,  # the objective with its settings
 ) -> Metrics:
     """The mean loss over `examples` and what else the objective tells, in batches of like length.
 
@@ -73,7 +73,7 @@ def evaluate(
     for batch in _batches(examples, model, objective=objective, batch_size=batch_size):
         on_device = batch.to(model.device)
         with model.context.running(mask=on_device.attention_mask.bool()):
-            outcomes.append((goal or GOALS[objective]).outcome(model, on_device))
+            outcomes.append(goal.outcome(model, on_device))
         share = int(batch.is_label.sum()) if objective == "lm" else len(batch.places)
         weights.append(batch.weights.double() * share)
         answers.append(batch.answer)

@@ -54,7 +54,7 @@ class Fidelity:
         return "no size is faithful here: use --difference exact, which carries the derivative, or --dtype float32"
 
 
-def fidelity(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal | None = None) -> Fidelity:
+def fidelity(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal) -> Fidelity:
     """The errors of `config.difference` at every size, on the first batch of a run; the model is left as it was.
 
     The exact derivative is taken in the same dtype, whose rounding it feels too, though without the cancellation:

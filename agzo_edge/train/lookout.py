@@ -29,9 +29,7 @@ class Look:
 class Lookout:
     """Watches a few examples, and takes the learner back to its best state when the run has done harm."""
 
-    def __init__(
-        self, model: EdgeModel, learner: Learner, data: ExampleSet, *, guard: Guard, goal: Goal | None = None
-    ) -> None:
+    def __init__(self, model: EdgeModel, learner: Learner, data: ExampleSet, *, guard: Guard, goal: Goal) -> None:
         self._model, self._learner, self._data = model, learner, data
         self._guard, self._goal = guard, goal
 
@@ -83,11 +81,11 @@ class Lookout:
 
 
 def watched_losses(
-    model: EdgeModel, examples: Sequence[Example], config: RunConfig, *, goal: Goal | None = None
+    model: EdgeModel, examples: Sequence[Example], config: RunConfig, *, goal: Goal
 ) -> tuple[float, ...]:
     """The loss of each example, as the model is now."""
     batches = batches_of(examples, model.tokenizer, config)
-    parts = [loss_of(model, batch.to(model.device), objective=goal or config.objective)[0] for batch in batches]
+    parts = [loss_of(model, batch.to(model.device), goal=goal)[0] for batch in batches]
     return tuple(torch.cat(parts).tolist())
 
 

@@ -40,7 +40,7 @@ def run_steps(
     *,
     guard: Guard,
     mu: float,
-    goal: Goal | None = None,  # the objective with its settings; may be left out where it has none
+    goal: Goal,
     first_step: int = 0,
     last_loss: float = -math.inf,  # of the step before it
 ) -> Iterator[TimedStep]:
@@ -79,7 +79,7 @@ def _step(
     *,
     step: int,
     mu: float,
-    goal: Goal | None,
+    goal: Goal,
 ) -> tuple[StepRecord, int]:
     """A step's record and its tokens."""
     batches = batches_of_step(model, data, step=step, config=config)
@@ -93,7 +93,7 @@ def batches_of_step(model: EdgeModel, data: ExampleSet, *, step: int, config: Ru
     return batches_of([data.examples[index] for index in chosen], model.tokenizer, config)
 
 
-def rehearse(model: EdgeModel, data: ExampleSet, *, guard: Guard, goal: Goal | None = None) -> None:
+def rehearse(model: EdgeModel, data: ExampleSet, *, guard: Guard, goal: Goal) -> None:
     """Take the longest rows through all passes of a step, so that what does not fit shows before the start.
 
     Nothing is learned and the model is left as it was. Raises BudgetError when they fit on no rung.
@@ -119,7 +119,7 @@ def bases_kept(model: EdgeModel) -> Iterator[None]:
             branch.group.basis, branch.scale, branch.guide = basis, scale, guide
 
 
-def require_finite(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal | None = None) -> None:
+def require_finite(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal) -> None:
     """Raise when the model itself, before any perturbation, has no finite loss on the first batch.
 
     ModelError when no row has one (broken weights), NonFiniteLossError naming the rows otherwise.
@@ -127,7 +127,7 @@ def require_finite(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goa
     bad: list[str] = []
     places: list[str] = []
     for batch in batches_of_step(model, data, step=0, config=config):
-        finite = loss_of(model, batch.to(model.device), objective=goal or config.objective)[0].isfinite().tolist()
+        finite = loss_of(model, batch.to(model.device), goal=goal)[0].isfinite().tolist()
         places += batch.places
         bad += [place for place, ok in zip(batch.places, finite, strict=True) if not ok]
     if bad and len(bad) == len(places):
@@ -135,7 +135,7 @@ def require_finite(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goa
     refuse_bad_rows(bad)
 
 
-def probed_mu(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal | None = None) -> MuProbe:
+def probed_mu(model: EdgeModel, data: ExampleSet, config: RunConfig, *, goal: Goal) -> MuProbe:
     """The perturbation size for this model, dtype and card, from probes of the first batch.
 
     The model is left as it was: a run that does not probe, because it is resumed, takes the same steps.

@@ -81,7 +81,7 @@ def loss_of(
     model: EdgeModel,
     batch: Batch,
     *,
-    objective: Objective | Goal,
+    goal: Goal,
     perturbation: Perturbation | None = None,
     refresh: Refresh = Refresh.NONE,
 ) -> Tensor:  # (streams, examples) float32
@@ -90,7 +90,6 @@ def loss_of(
     All streams go through the model as one batch of streams * rows rows: every weight is read and
     dequantized once, and both signs meet the same kernels.
     """
-    goal = GOALS[objective] if isinstance(objective, str) else objective
     exact = perturbation is not None and perturbation.exact
     with (
         model.context.running(mask=batch.attention_mask.bool(), perturbation=perturbation, refresh=refresh),

@@ -18,7 +18,7 @@ from agzo_edge.numerics.noise import Noise
 from agzo_edge.train.data import Batch
 from agzo_edge.train.guide import find_guides
 from agzo_edge.train.learner import Learner, Measurement
-from agzo_edge.train.objective import GOALS, Goal, loss_of, run_layers
+from agzo_edge.train.objective import Goal, loss_of, run_layers
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def agzo_step(
     step: int,
     mu: float,
     config: RunConfig,
-    goal: Goal | None = None,  # the objective with its settings; may be left out where it has none
+    goal: Goal,
 ) -> StepRecord:
     """Learn from one batch, given as micro-batches, with forward passes only.
 
@@ -91,14 +91,14 @@ def measure(
     step: int,
     mu: float,
     config: RunConfig,
-    goal: Goal | None = None,
+    goal: Goal,
     refresh: Refresh = Refresh.NONE,
 ) -> tuple[Measurement, float]:
     """The projected gradients of a step's noise and the batch's loss, by forward passes; nothing is learned.
 
     Raises NonFiniteLossError, naming the rows.
     """
-    goal = (goal or GOALS[config.objective]).at(step)
+    goal = goal.at(step)
     parts = [_losses(model, batch, goal, step=step, mu=mu, config=config, refresh=refresh) for batch in batches]
     losses = torch.cat(parts, dim=1).cpu()  # the one moment of a step that waits for the device
     _require_finite(losses, batches, step=step, mu=mu)
@@ -125,7 +125,7 @@ def _losses(
         exact=config.difference == "exact",
     )
     passes = [perturbation] if config.fuse_signs else [replace(perturbation, steps=(each,)) for each in steps]
-    return torch.cat([loss_of(model, on_device, objective=goal, perturbation=each, refresh=refresh) for each in passes])
+    return torch.cat([loss_of(model, on_device, goal=goal, perturbation=each, refresh=refresh) for each in passes])
 
 
 def _noise_of(
@@ -166,7 +166,7 @@ def _measured(losses: Tensor, batches: Sequence[Batch], *, mu: float, config: Ru
     return Measurement(projected, weights), loss
 
 
-def begin_window(model: EdgeModel, batches: Sequence[Batch], config: RunConfig, *, goal: Goal | None = None) -> Refresh:
+def begin_window(model: EdgeModel, batches: Sequence[Batch], config: RunConfig, *, goal: Goal) -> Refresh:
     """What is left to the step's own pass of finding the window's bases, scales and guides.
 
     Bases may wait for it where it sees the whole batch, no part of which may shape a basis alone. Guides may not: the
@@ -184,7 +184,7 @@ def find_window(
     batches: Sequence[Batch],
     config: RunConfig,
     *,
-    goal: Goal | None = None,
+    goal: Goal,
     refresh: Refresh = Refresh.NONE,
 ) -> None:
     """Find bases, scales and guides in plain passes; with `refresh` IN_PASS the bases in that of the guides."""
@@ -192,7 +192,6 @@ def find_window(
     if refresh is Refresh.NONE:
         find_bases(model, batches, config)
     if config.guide != "none":
-        goal = goal or GOALS[config.objective]
         find_guides(model, batches, goal, memory=config.guide_memory, old_bases=old_bases, refresh=refresh)
 
 

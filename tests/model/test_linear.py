@@ -19,7 +19,7 @@ from agzo_edge.model.passes import Perturbation
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.noise import Noise, draw_noise
 from agzo_edge.train.data import Batch
-from agzo_edge.train.objective import loss_of
+from agzo_edge.train.objective import GOALS, loss_of
 
 MU = 0.01
 
@@ -87,5 +87,5 @@ def test_after_an_error_inside_a_pass_the_model_is_plain_again() -> None:
     before = model_logits(model, batch)
     perturbation = Perturbation(noise_of=noise_of, example=torch.tensor([0, 1, 7]), steps=(MU,))
     with pytest.raises(IndexError):  # the noise of example 7 does not exist
-        loss_of(model, batch, objective="lm", perturbation=perturbation)
+        loss_of(model, batch, goal=GOALS["lm"], perturbation=perturbation)
     assert torch.equal(model_logits(model, batch), before)

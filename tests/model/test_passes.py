@@ -14,7 +14,7 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.basis import activation_basis, starting_basis
 from agzo_edge.numerics.noise import draw_noise
 from agzo_edge.train.data import Batch
-from agzo_edge.train.objective import loss_of
+from agzo_edge.train.objective import GOALS, loss_of
 
 
 def perturbation(batch: Batch, *steps: float) -> Perturbation:
@@ -50,7 +50,7 @@ def captured(model: EdgeModel, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]
         layer.register_forward_hook(lambda _m, args, y, name=name: keep(name, args[0], y))
         for name, layer in model.layers.items()
     ]
-    loss_of(model, batch, objective="lm")
+    loss_of(model, batch, goal=GOALS["lm"])
     for hook in hooks:
         hook.remove()
     return seen
@@ -63,7 +63,7 @@ def test_a_refresh_finds_the_basis_and_scale_of_the_unperturbed_layer(family: st
     for branch in model.branches:  # a window ends before the next basis is found
         branch.fold(keep_rank=99, random_bits=lambda: torch.zeros(0))
     seen = captured(model, batch)
-    loss_of(model, batch, objective="lm", perturbation=perturbation(batch, 0.01, 0.0), refresh=Refresh.IN_PASS)
+    loss_of(model, batch, goal=GOALS["lm"], perturbation=perturbation(batch, 0.01, 0.0), refresh=Refresh.IN_PASS)
     for branch in model.branches:
         x, y = seen[branch.name]
         start = starting_basis(branch.group.in_features, 4)
@@ -77,7 +77,7 @@ def test_both_signs_average_to_the_unperturbed_basis_up_to_the_square_of_mu() ->
     for mu in (0.02, 0.01):
         model, batch = tiny_model(), tiny_batch(4)
         seen = captured(model, batch)
-        loss_of(model, batch, objective="lm", perturbation=perturbation(batch, mu, -mu), refresh=Refresh.IN_PASS)
+        loss_of(model, batch, goal=GOALS["lm"], perturbation=perturbation(batch, mu, -mu), refresh=Refresh.IN_PASS)
         last = model.branches[-1]
         exact = activation_basis(seen[last.name][0], starting_basis(last.group.in_features, 4))
         errors.append(float((last.group.basis - exact).norm()))
@@ -93,7 +93,7 @@ def test_padding_changes_neither_losses_nor_bases_nor_scales(family: str) -> Non
         losses = loss_of(
             model,
             version,
-            objective="lm",
+            goal=GOALS["lm"],
             perturbation=perturbation(batch, 0.01, -0.01),
             refresh=Refresh.IN_PASS,
         )
@@ -106,7 +106,7 @@ def test_padding_changes_neither_losses_nor_bases_nor_scales(family: str) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rows_loss_does_not_depend_on_the_rows_beside_it(family: str) -> None:
     model, batch = tiny_model(family), tiny_batch(5)
-    together = loss_of(model, batch, objective="lm")[0]
+    together = loss_of(model, batch, goal=GOALS["lm"])[0]
     for row in range(5):
         n_tokens = int(batch.attention_mask[row].sum())
         alone = replace(
@@ -118,12 +118,12 @@ def test_a_rows_loss_does_not_depend_on_the_rows_beside_it(family: str) -> None:
             example=torch.tensor([0]),
             answer=torch.tensor([0]),
         )
-        assert_close(loss_of(model, alone, objective="lm")[0, 0], together[row], rtol=1e-4, atol=1e-4)
+        assert_close(loss_of(model, alone, goal=GOALS["lm"])[0, 0], together[row], rtol=1e-4, atol=1e-4)
 
 
 def test_without_relative_perturbation_scales_stay_one() -> None:
     model, batch = tiny_model(relative=False), tiny_batch(3)
-    loss_of(model, batch, objective="lm", perturbation=perturbation(batch, 0.01, 0.0), refresh=Refresh.IN_PASS)
+    loss_of(model, batch, goal=GOALS["lm"], perturbation=perturbation(batch, 0.01, 0.0), refresh=Refresh.IN_PASS)
     assert {branch.scale for branch in model.branches} == {1.0}
     assert not torch.equal(model.branches[0].group.basis, starting_basis(64, 4))
 
@@ -132,7 +132,7 @@ def test_rows_that_are_not_finite_leave_basis_and_scale_as_they_were() -> None:
     model, batch = tiny_model(), tiny_batch(3)
     model.network.get_input_embeddings().weight[batch.input_ids[1, 1]] = torch.inf
     losses = loss_of(
-        model, batch, objective="lm", perturbation=perturbation(batch, 0.01, -0.01), refresh=Refresh.IN_PASS
+        model, batch, goal=GOALS["lm"], perturbation=perturbation(batch, 0.01, -0.01), refresh=Refresh.IN_PASS
     )
     assert losses.isfinite().tolist() == [[True, False, True]] * 2
     assert {branch.scale for branch in model.branches} == {1.0}

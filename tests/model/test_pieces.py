@@ -20,6 +20,7 @@ from helpers import (
 
 from agzo_edge.model.load import load_model
 from agzo_edge.model.offload import settle
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.step import agzo_step, find_bases
 
@@ -68,7 +69,7 @@ def test_a_step_in_pieces_measures_what_a_step_of_one_pass_does(difference: str)
         batch = tiny_batch(5)
         find_bases(model, [batch], config)
         learner.open_window()
-        agzo_step(model, [batch], learner, step=1, mu=0.05, config=config)
+        agzo_step(model, [batch], learner, step=1, mu=0.05, config=config, goal=goal_of(config))
         changes.append([branch.learned().dense() for branch in model.branches])
     assert max(relative_error(a, b) for a, b in zip(*changes, strict=True)) < 1e-3
 

@@ -8,6 +8,7 @@ from helpers import run_config, tiny_examples, tiny_model
 
 from agzo_edge.train.data import DataReport, ExampleSet
 from agzo_edge.train.fidelity import LARGEST_ERROR, SIZES, Fidelity, fidelity, relative_error
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.probe import MuProbe
 
 
@@ -17,7 +18,7 @@ def example_set(n: int) -> ExampleSet:
 
 def seen_with(dtype: str, **settings: object) -> Fidelity:
     config = run_config(dtype=dtype, batch_size=8, **settings)
-    return fidelity(tiny_model(dtype=dtype), example_set(12), config)
+    return fidelity(tiny_model(dtype=dtype), example_set(12), config, goal=goal_of(config))
 
 
 def test_the_error_falls_with_curvature_and_rises_with_rounding() -> None:
@@ -43,7 +44,8 @@ def test_a_forward_difference_is_further_off_than_a_central_one() -> None:
 def test_looking_leaves_the_model_as_it_was() -> None:
     model = tiny_model()
     before = [(branch.group.basis.clone(), branch.scale, branch.c.clone()) for branch in model.branches]
-    fidelity(model, example_set(12), run_config(batch_size=8, micro_batch_size=2))
+    config = run_config(batch_size=8, micro_batch_size=2)
+    fidelity(model, example_set(12), config, goal=goal_of(config))
     for branch, (basis, scale, c) in zip(model.branches, before, strict=True):
         assert torch.equal(branch.group.basis, basis)
         assert branch.scale == scale

@@ -24,6 +24,7 @@ from agzo_edge.model.passes import Refresh
 from agzo_edge.model.runtime import EdgeModel, require_guidable
 from agzo_edge.numerics.noise import FLOOR
 from agzo_edge.train.data import Batch
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.guide import find_guides
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.objective import GOALS, Goal
@@ -39,7 +40,7 @@ def guided(family: str = "llama", **settings: Any) -> tuple[EdgeModel, Batch, Ru
     model = load_model(tiny_checkpoint(family), config)
     batch = tiny_batch(4, options=1 if config.objective == "lm" else 4)
     teach_at_random(model)
-    find_window(model, [batch], config)
+    find_window(model, [batch], config, goal=goal_of(config))
     return model, batch, config
 
 
@@ -97,7 +98,7 @@ def test_a_guide_remembers_the_one_before_as_the_new_basis_sees_it() -> None:
     before = [(branch.guide, branch.group.basis) for branch in model.branches]
     other = tiny_batch(4, seed=5)
     config = config.model_copy(update={"guide_memory": 0.6})
-    find_window(model, [other], config)
+    find_window(model, [other], config, goal=goal_of(config))
     for branch, (guide, basis) in zip(model.branches, before, strict=True):
         assert branch.guide is not None
         assert guide is not None
@@ -121,10 +122,10 @@ def test_one_plain_pass_finds_bases_and_guides() -> None:
     model, batch = load_model(tiny_checkpoint("llama"), config), tiny_batch(4)
     passes = []
     model.network.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
-    assert begin_window(model, [batch], config) is Refresh.NONE
+    assert begin_window(model, [batch], config, goal=goal_of(config)) is Refresh.NONE
     assert len(passes) == 1
     apart = load_model(tiny_checkpoint("llama"), config)
-    find_window(apart, [batch], config)
+    find_window(apart, [batch], config, goal=goal_of(config))
     for ours, theirs in zip(model.branches, apart.branches, strict=True):
         assert ours.scale == pytest.approx(theirs.scale, rel=1e-4)
         assert ours.guide is not None
@@ -205,7 +206,8 @@ def test_guided_steps_lower_the_loss_in_every_setting(settings: dict[str, Any]) 
     batches = tiny_micro_batches(6, 6, options=1 if config.objective == "lm" else 3)
     mu = 0.1 if config.dtype == "bfloat16" else 0.01
     losses = [
-        agzo_step(model, batches, learner, step=step, mu=mu, config=config).loss for step in range(config.max_steps)
+        agzo_step(model, batches, learner, step=step, mu=mu, config=config, goal=goal_of(config)).loss
+        for step in range(config.max_steps)
     ]
     assert losses[-1] < 0.9 * losses[0]
 

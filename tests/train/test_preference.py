@@ -22,7 +22,7 @@ from agzo_edge.numerics.noise import draw_noise
 from agzo_edge.train.data import Batch, Example, collate
 from agzo_edge.train.evaluate import evaluate
 from agzo_edge.train.examples import load_examples
-from agzo_edge.train.objective import loss_of
+from agzo_edge.train.objective import GOALS, loss_of
 from agzo_edge.train.preference import PreferenceGoal
 
 Jsonl = Callable[..., str]
@@ -57,7 +57,7 @@ def test_the_dpo_loss_is_its_formula_with_the_untrained_base_as_reference() -> N
     base, _ = row_log_likelihoods(dense_reference(model), batch)
     ratio = policy - base
     expected = -F.logsigmoid(0.3 * (ratio[0::2] - ratio[1::2]))
-    assert_close(loss_of(model, batch, objective=DPO)[0], expected, rtol=1e-3, atol=1e-4)
+    assert_close(loss_of(model, batch, goal=DPO)[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_simpo_loss_is_its_formula() -> None:
@@ -66,12 +66,12 @@ def test_the_simpo_loss_is_its_formula() -> None:
     sums, counts = row_log_likelihoods(learned_reference(model), batch)
     mean = sums / counts
     expected = -F.logsigmoid(2.0 * (mean[0::2] - mean[1::2]) - 0.5)
-    assert_close(loss_of(model, batch, objective=SIMPO)[0], expected, rtol=1e-3, atol=1e-4)
+    assert_close(loss_of(model, batch, goal=SIMPO)[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_before_anything_is_learned_dpo_prefers_nothing() -> None:
     model = tiny_model(load_in_4bit=True)
-    losses = loss_of(model, pair_batch(), objective=DPO)
+    losses = loss_of(model, pair_batch(), goal=DPO)
     assert_close(losses, torch.full_like(losses, 2).log(), rtol=0, atol=1e-6)
     metrics = evaluate(model, pairs(), objective="preference", batch_size=2, goal=DPO)
     assert metrics.accuracy == 0.0  # a margin of exactly zero prefers none
@@ -87,7 +87,7 @@ def test_the_exact_derivative_is_the_limit_of_the_difference(goal: PreferenceGoa
             return draw_noise("sign", (4, *branch.c.shape), seed=0, step=0, layer=branch.index, first_example=0)
 
         perturbation = Perturbation(noise_of=noise_of, example=batch.example, steps=steps, exact=exact)
-        return loss_of(model, batch, objective=goal, perturbation=perturbation)
+        return loss_of(model, batch, goal=goal, perturbation=perturbation)
 
     plus, minus = perturbed(1e-3, -1e-3)
     assert_close((plus - minus) / 2e-3, perturbed(1.0, exact=True)[1], rtol=0.02, atol=0.02)
@@ -96,9 +96,9 @@ def test_the_exact_derivative_is_the_limit_of_the_difference(goal: PreferenceGoa
 def test_the_reference_pass_leaves_the_learned_parts_where_they_were() -> None:
     model, batch = tiny_model(), pair_batch()
     teach_at_random(model)
-    before = loss_of(model, batch, objective="lm")
-    loss_of(model, batch, objective=DPO)
-    assert torch.equal(loss_of(model, batch, objective="lm"), before)
+    before = loss_of(model, batch, goal=GOALS["lm"])
+    loss_of(model, batch, goal=DPO)
+    assert torch.equal(loss_of(model, batch, goal=GOALS["lm"]), before)
     assert not model.context.base_only
 
 

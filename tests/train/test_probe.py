@@ -8,6 +8,7 @@ from helpers import run_config, tiny_examples, tiny_model, unlimited
 from torch import Tensor
 
 from agzo_edge.train.data import DataReport, ExampleSet
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.loop import probed_mu, run_steps
 from agzo_edge.train.probe import CANDIDATES, probe_mu
@@ -77,7 +78,7 @@ def example_set(n: int) -> ExampleSet:
 def test_a_real_model_has_a_plateau_and_probing_learns_nothing(dtype: str) -> None:
     config = run_config(dtype=dtype, batch_size=8)
     model = tiny_model(dtype=dtype)
-    probe = probed_mu(model, example_set(12), config=config)
+    probe = probed_mu(model, example_set(12), config=config, goal=goal_of(config))
     assert probe.mu in CANDIDATES[1:-1]
     assert probe.noise_floor < (0.05 if dtype == "float32" else 0.5)
     assert not any(branch.learned().dense().any() for branch in model.branches)
@@ -89,7 +90,7 @@ def test_float16_sizes_that_overflow_leave_the_choice_to_smaller_ones() -> None:
     for name, layer in model.layers.items():
         if name.endswith("down_proj"):
             layer.base.dense().mul_(8_000)  # just within float16, and beyond it once a third is added
-    probe = probed_mu(model, example_set(12), config=config)
+    probe = probed_mu(model, example_set(12), config=config, goal=goal_of(config))
     assert probe.disagreements[0] == 1.0
     assert probe.mu < 0.1
     assert not probe.is_lost
@@ -101,12 +102,15 @@ def test_a_run_stopped_and_restored_ends_bitwise_where_the_whole_one_ends() -> N
     whole_model, model = tiny_model(), tiny_model()
     whole = Learner(whole_model.branches, config)
     records = [
-        timed.record for timed in run_steps(whole_model, whole, data, guard=unlimited(whole_model, config), mu=0.01)
+        timed.record
+        for timed in run_steps(
+            whole_model, whole, data, guard=unlimited(whole_model, config), mu=0.01, goal=goal_of(config)
+        )
     ]
     assert [record.step for record in records] == list(range(7))
 
     stopped = Learner(model.branches, config)
-    for timed in run_steps(model, stopped, data, guard=unlimited(model, config), mu=0.01):
+    for timed in run_steps(model, stopped, data, guard=unlimited(model, config), mu=0.01, goal=goal_of(config)):
         assert timed.tokens > 0
         assert timed.peak_bytes > 0
         if timed.record.step == 3:
@@ -114,7 +118,7 @@ def test_a_run_stopped_and_restored_ends_bitwise_where_the_whole_one_ends() -> N
     again = tiny_model()
     resumed = Learner(again.branches, config)
     resumed.restore(stopped.state())
-    steps = run_steps(again, resumed, data, guard=unlimited(again, config), mu=0.01, first_step=4)
+    steps = run_steps(again, resumed, data, guard=unlimited(again, config), mu=0.01, first_step=4, goal=goal_of(config))
     rest = [timed.record for timed in steps]
     assert rest == records[4:]
     ours, theirs = resumed.state(), whole.state()

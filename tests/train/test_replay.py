@@ -11,6 +11,7 @@ from helpers import run_config, tiny_checkpoint, tiny_micro_batches
 
 from agzo_edge.model.branch import make_branches
 from agzo_edge.model.load import load_model
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.learner import Learner
 from agzo_edge.train.replay import replay
 from agzo_edge.train.step import agzo_step
@@ -37,7 +38,7 @@ def test_records_and_bases_give_the_same_bytes(case: str, micro_batch_size: int)
     lines, bases = [], {}
     for step in range(8):
         batches = tiny_micro_batches(4, micro_batch_size, seed=step)
-        record = agzo_step(model, batches, learner, step=step, mu=0.01, config=config)
+        record = agzo_step(model, batches, learner, step=step, mu=0.01, config=config, goal=goal_of(config))
         lines.append(json.dumps(asdict(record)))
         if learner.window_starts(step):
             bases[step] = copy.deepcopy(learner.window())

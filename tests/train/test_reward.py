@@ -79,7 +79,7 @@ def test_an_evaluation_takes_the_likeliest_answers(goal: RewardGoal) -> None:
         losses = goal.outcome(model, batch).losses
         assert torch.equal(losses, goal.at(9).outcome(model, batch).losses)
     greedy = RewardGoal(goal.judge, goal.max_new_tokens, temperature=0.0, seed=0)
-    assert torch.equal(losses, loss_of(model, batch, objective=greedy)[0])
+    assert torch.equal(losses, loss_of(model, batch, goal=greedy)[0])
 
 
 def prompts_file(folder: Path, n: int = 12) -> Path:

@@ -31,6 +31,7 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.basis import starting_basis
 from agzo_edge.numerics.noise import draw_noise
 from agzo_edge.train.data import Batch
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.learner import TRUST, Learner
 from agzo_edge.train.step import StepRecord, agzo_step, find_bases, find_window, measure
 
@@ -82,14 +83,14 @@ def prepared(family: str = "llama", **settings: Any) -> tuple[EdgeModel, Batch, 
     teach_at_random(model)
     for branch in model.branches:
         branch.fold(keep_rank=99, random_bits=lambda: torch.zeros(0))
-    find_window(model, [batch], config)
+    find_window(model, [batch], config, goal=goal_of(config))
     return model, batch, config
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_exact_difference_is_back_propagation(family: str) -> None:
     model, batch, config = prepared(family, **EXACT)
-    measured, loss = measure(model, [batch], step=3, mu=1.0, config=config)
+    measured, loss = measure(model, [batch], step=3, mu=1.0, config=config, goal=goal_of(config))
     assert relative_error(measured.projected, true_derivatives(model, batch, config, step=3)) < 1e-4
     with torch.no_grad():
         losses = objective_losses(dense_reference(model, lambda b: b.learned().dense()), batch, config)
@@ -113,7 +114,7 @@ def test_the_exact_difference_is_back_propagation(family: str) -> None:
 )
 def test_the_exact_difference_is_back_propagation_in_every_setting(settings: dict[str, Any]) -> None:
     model, batch, config = prepared("llama", **EXACT, **settings)
-    measured, _ = measure(model, [batch], step=3, mu=1.0, config=config)
+    measured, _ = measure(model, [batch], step=3, mu=1.0, config=config, goal=goal_of(config))
     expected = true_derivatives(model, batch, config, step=3)
     if config.directions == "shared":
         assert measured.weights.tolist() == [1.0]
@@ -127,7 +128,9 @@ def test_finite_differences_approach_the_derivative_until_rounding(difference: s
     expected = true_derivatives(model, batch, config)
 
     def error_at(mu: float) -> float:
-        return relative_error(measure(model, [batch], step=0, mu=mu, config=config)[0].projected, expected)
+        return relative_error(
+            measure(model, [batch], step=0, mu=mu, config=config, goal=goal_of(config))[0].projected, expected
+        )
 
     large, smaller = error_at(0.02), error_at(0.01)
     assert large / smaller == pytest.approx(2**order, rel=0.35)
@@ -143,7 +146,7 @@ def taught(batches: list[Batch], *, steps: range = range(1), mu: float = 0.05, *
     if steps.start:
         learner.open_window()
     for step in steps:
-        agzo_step(model, batches, learner, step=step, mu=mu, config=config)
+        agzo_step(model, batches, learner, step=step, mu=mu, config=config, goal=goal_of(config))
     return learner
 
 
@@ -246,7 +249,7 @@ def test_the_paper_preset_is_algorithm_1_done_densely() -> None:
     learner = Learner(model.branches, config)
     for step in range(3):
         batch = tiny_batch(4, seed=step)
-        record = agzo_step(model, [batch], learner, step=step, mu=config.mu, config=config)
+        record = agzo_step(model, [batch], learner, step=step, mu=config.mu, config=config, goal=goal_of(config))
         assert len(record.projected) == 1
         assert record.projected[0] == pytest.approx(dense.step(batch, step), rel=5e-3)
     for branch in model.branches:
@@ -266,7 +269,7 @@ def trained(
     batch = tiny_batch(8)
     mu = 0.01 if config.mu == "auto" else config.mu
     for step in range(steps):
-        records.append(agzo_step(model, [batch], learner, step=step, mu=mu, config=config))
+        records.append(agzo_step(model, [batch], learner, step=step, mu=mu, config=config, goal=goal_of(config)))
         if after is not None:
             after(learner, records[-1])
     return learner, records
@@ -378,7 +381,7 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(micro_batch_size
     batches = tiny_micro_batches(4, micro_batch_size)
     learner = Learner(model.branches, config)
     for step in range(2):
-        agzo_step(model, batches, learner, step=step, mu=0.01, config=config)
+        agzo_step(model, batches, learner, step=step, mu=0.01, config=config, goal=goal_of(config))
     bad = tiny_batch(4).input_ids[2, 3]
     assert [bool((row == bad).any()) for row in tiny_batch(4).input_ids] == [False, False, True, False]
     kept = model.network.get_input_embeddings().weight[bad].clone()
@@ -387,11 +390,11 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(micro_batch_size
     with pytest.raises(
         NonFiniteLossError, match=r"step 3: the loss of notes\.jsonl:3 is not finite.*new run.*--adapter"
     ):
-        agzo_step(model, batches, learner, step=2, mu=0.01, config=config)
+        agzo_step(model, batches, learner, step=2, mu=0.01, config=config, goal=goal_of(config))
     after = learner.state()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     model.network.get_input_embeddings().weight[bad] = kept
-    again = agzo_step(model, batches, learner, step=2, mu=0.01, config=config)
+    again = agzo_step(model, batches, learner, step=2, mu=0.01, config=config, goal=goal_of(config))
     assert math.isfinite(again.loss)
 
 
@@ -403,7 +406,7 @@ def test_an_error_after_a_window_was_written_into_held_weights_neither_loses_nor
     model.network.get_input_embeddings().weight[tiny_batch(8).input_ids[0, 1]] = math.nan
     for _ in range(2):
         with pytest.raises(NonFiniteLossError):
-            agzo_step(model, [tiny_batch(8)], learner, step=2, mu=0.01, config=config)
+            agzo_step(model, [tiny_batch(8)], learner, step=2, mu=0.01, config=config, goal=goal_of(config))
     for branch in learner.branches:
         assert_close(branch.held.change() + branch.learned().dense(), before[branch.name], rtol=1e-4, atol=1e-6)
 
@@ -420,8 +423,8 @@ def test_a_step_whose_update_met_the_limit_is_the_same_step_when_taken_again(
                 with monkeypatch.context() as patched:
                     patched.setattr("agzo_edge.train.learner.gradient_estimate", no_memory)
                     with pytest.raises(BudgetBrokenError):
-                        agzo_step(model, [batch], learner, step=step, mu=0.01, config=config)
-            records.append(agzo_step(model, [batch], learner, step=step, mu=0.01, config=config))
+                        agzo_step(model, [batch], learner, step=step, mu=0.01, config=config, goal=goal_of(config))
+            records.append(agzo_step(model, [batch], learner, step=step, mu=0.01, config=config, goal=goal_of(config)))
         return records, learner
 
     def no_memory(*_arguments: object) -> Tensor:
@@ -457,7 +460,9 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_others() -> None:
 def test_a_rate_that_would_change_more_than_a_quarter_of_the_loss_is_not_taken() -> None:
     config = run_config(**EXACT, learning_rate=1e3)
     model = tiny_model(**EXACT)
-    record = agzo_step(model, [tiny_batch(4)], Learner(model.branches, config), step=0, mu=0.5, config=config)
+    record = agzo_step(
+        model, [tiny_batch(4)], Learner(model.branches, config), step=0, mu=0.5, config=config, goal=goal_of(config)
+    )
     steepness = torch.tensor(record.projected).square().mean().sqrt()
     assert record.learning_rate == pytest.approx(TRUST * record.loss / float(steepness), rel=1e-5)
 
@@ -468,7 +473,7 @@ def test_a_record_tells_the_loss_and_what_the_step_used() -> None:
     learner = Learner(model.branches, config)
     with torch.no_grad():
         expected = objective_losses(dense_reference(model), batch, config)
-    record = agzo_step(model, [batch], learner, step=0, mu=0.5, config=config)
+    record = agzo_step(model, [batch], learner, step=0, mu=0.5, config=config, goal=goal_of(config))
     assert record.loss == pytest.approx(float(batch.weights @ expected), rel=1e-5)
     assert record.learning_rate == pytest.approx(0.1 / 4)
     assert record.label_tokens == int(batch.is_label.sum())

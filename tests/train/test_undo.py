@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agzo_edge.train.data import DataReport, Example, ExampleSet
+from agzo_edge.train.goal import goal_of
 from agzo_edge.train.learner import RATE_AFTER_UNDO, Learner
 from agzo_edge.train.step import agzo_step
 from agzo_edge.train.undo import (
@@ -108,7 +109,15 @@ def test_going_back_is_exact_and_survives_a_checkpoint(settings: dict[str, Any])
 
     def take(steps: range) -> None:
         for step in steps:
-            agzo_step(model, tiny_micro_batches(4, 4, seed=step), learner, step=step, mu=0.01, config=config)
+            agzo_step(
+                model,
+                tiny_micro_batches(4, 4, seed=step),
+                learner,
+                step=step,
+                mu=0.01,
+                config=config,
+                goal=goal_of(config),
+            )
 
     def present() -> dict[str, torch.Tensor]:
         state = {name: tensor for name, tensor in learner.state().items() if not name.startswith("best")}
@@ -140,12 +149,16 @@ def test_a_run_that_goes_back_to_its_start_learns_on_in_the_window_that_is_open(
     learner = Learner(model.branches, config)
     learner.watch([1.0, 2.0], step=0)  # before there are bases, scales and guides
     for step in (0, 1):
-        agzo_step(model, tiny_micro_batches(4, 4, seed=step), learner, step=step, mu=0.01, config=config)
+        agzo_step(
+            model, tiny_micro_batches(4, 4, seed=step), learner, step=step, mu=0.01, config=config, goal=goal_of(config)
+        )
     window = learner.window()
     assert learner.go_back() == 0
     assert all(branch.is_untouched for branch in model.branches)
     assert_same_bytes(learner.window().tensors(), window.tensors())
-    record = agzo_step(model, tiny_micro_batches(4, 4, seed=2), learner, step=2, mu=0.01, config=config)
+    record = agzo_step(
+        model, tiny_micro_batches(4, 4, seed=2), learner, step=2, mu=0.01, config=config, goal=goal_of(config)
+    )
     assert any(record.projected)
     assert not any(branch.is_untouched for branch in model.branches)
 
