@@ -60,8 +60,8 @@ class Account:
 
     @property
     def before(self) -> Metrics | None:
-        """The first evaluation, if there is a later one."""
-        return self.evaluations[min(self.evaluations)] if len(self.evaluations) > 1 else None
+        """The evaluation of the model as it began, if there is one and a later one."""
+        return self.evaluations.get(0) if len(self.evaluations) > 1 else None
 
     @property
     def after(self) -> Metrics | None:

@@ -17,6 +17,7 @@ from agzo_edge.config import RunConfig, config_from, read_toml
 from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME, demo_directory, demo_settings
 from agzo_edge.errors import ConfigError, ModelError
 from agzo_edge.paths import expanded
+from agzo_edge.presets import PRESETS
 
 if TYPE_CHECKING:  # these load torch, which planning does without
     from agzo_edge.events import Event, Run
@@ -40,7 +41,7 @@ def resolve(
     AdapterError for a run that was rewarded by code which `settings` do not name.
     """
     in_file = read_toml(Path(config_file)) if config_file else {}
-    in_file_preset = in_file.pop("preset", "default")
+    in_file_preset = in_file.pop("preset", None)
     preset = preset or in_file_preset
     given = in_file | {name: value for name, value in settings.items() if value is not None}
     taken = dict(of_run or {})
@@ -52,14 +53,14 @@ def resolve(
         begun = settings_to_resume(_path(directory), given)
         if is_demo and "output_dir" in given and not begun:
             raise ConfigError(f"{directory}: holds no run to go on with: name --model and --data to begin one")
-        taken |= begun
-        preset = "default" if begun else preset  # that of the run is among its settings
+        named = PRESETS.get(preset, {}) if begun and isinstance(preset, str) else {}
+        taken |= begun | dict(named)  # the run's own is among its settings; another is refused, setting by setting
     if given.get("data") is not None and (taken | given).get("model") is None:
         raise ConfigError("data is given and no model: name one with --model, or give neither for the demo")
     if is_demo:
         taken = demo_settings() | {"output_dir": directory} | taken
     machine = machine_profile(str((taken | given).get("profile", "auto")))
-    return config_from(machine.settings, taken, in_file, settings, preset=preset)
+    return config_from(machine.settings, taken, in_file, settings, preset=preset or "default")
 
 
 def plan(
@@ -218,10 +219,13 @@ def replay(
     return target
 
 
-def export(adapter: str | Path, *, to: str, output: str | Path, model: str | None = None, **settings: Any) -> Path:
+def export(
+    adapter: str | Path, *, to: str, output: str | Path, model: str | None = None, dtype: str | None = None
+) -> Path:
     """Write an adapter in another form: `peft`, `merged` (a full checkpoint), `gguf` (for llama.cpp), or `replay`.
 
     `replay` takes the directory of a run and writes one safetensors file from which `replay` rebuilds the adapter.
+    `dtype` is what tensors are stored as, by default float32, and of a merged model what its base is stored as.
     """
     from agzo_edge.loading import keep_settings
     from agzo_edge.rebuild import replay_file_of
@@ -232,12 +236,12 @@ def export(adapter: str | Path, *, to: str, output: str | Path, model: str | Non
     source, target = _path(adapter), _path(output)
     if to != "replay":
         require_ended(source)
-        export_adapter(source, to=to, output=target, model_source=model, **settings)
+        export_adapter(source, to=to, output=target, model_source=model, dtype=dtype)
         if to == "peft":
             keep_settings(target, settings_in(source))
         return target
-    if settings:
-        raise ConfigError(f"to is replay, which has no {', '.join(settings)}")
+    if dtype is not None:
+        raise ConfigError("to is replay, which has no dtype: it is the run as it was")
     if target.exists():
         raise ConfigError(f"{target} exists: name a new file")
     save_replay(target, replay_file_of(source))

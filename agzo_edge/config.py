@@ -28,7 +28,14 @@ def _bytes_from_text(value: object) -> object:
     return parse_bytes(value) if isinstance(value, str) else value
 
 
+def _not_a_bare_number(value: object) -> object:
+    if isinstance(value, int) and value < MIB:
+        raise ValueError(f"{value} has no unit: write '{value}GiB' or '{value}MiB'")
+    return value
+
+
 Bytes = Annotated[int, BeforeValidator(_bytes_from_text), Field(gt=0, lt=MOST_BYTES)]
+Limit = Annotated[Bytes, BeforeValidator(_not_a_bare_number)]
 
 
 class AgzoConfig(BaseModel):
@@ -120,8 +127,8 @@ class RunConfig(AgzoConfig, DataConfig):
         le=1024,
         description="CPU threads; 0 takes one for a small model, where more are slower, else torch's.",
     )
-    vram_limit: Bytes | None = Field(None, description="Memory budget of the GPU, with its unit: 6GiB.")
-    ram_limit: Bytes | None = Field(None, description="Memory budget of the host, with its unit: 12GiB.")
+    vram_limit: Limit | None = Field(None, description="Memory budget of the GPU, with its unit: 6GiB.")
+    ram_limit: Limit | None = Field(None, description="Memory budget of the host, with its unit: 12GiB.")
     on_overflow: Literal["fail", "shrink", "stream"] = Field(
         "shrink",
         description="When a run does not fit: refuse it, work in smaller pieces, or also stream the layers.",
@@ -249,13 +256,17 @@ def _faults(error: ValidationError) -> list[str]:
     """One line per wrong field: its name, what was given, and what is allowed."""
     lines: dict[str, str] = {}  # of a field that may be of several types, the first complaint
     for fault in error.errors():
-        field = str(fault["loc"][0]) if fault["loc"] else "settings"
+        field = f"{fault['loc'][0]}: " if fault["loc"] else ""
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             message = "no such setting"
+        elif fault["type"] == "tuple_type":
+            message = f"{fault['input']!r} given; it should be a list, such as [{str(fault['input'])!r}]"
+        elif fault["type"] == "too_short" and isinstance(fault["input"], list | tuple):
+            message = f"{fault['input']!r} given; at least {fault['ctx']['min_length']} are needed"
         elif fault["type"] != "value_error":
             message = f"{fault['input']!r} given; {message[0].lower()}{message[1:]}"
-        lines.setdefault(field, f"{field}: {message}")
+        lines.setdefault(field, f"{field}{message}")
     return list(lines.values())
 
 

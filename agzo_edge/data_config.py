@@ -85,6 +85,8 @@ class DataConfig(BaseModel):
         faults = [f"{name} {text!r}: {fault}" for name, text in named.items() if (fault := template_fault(text))]
         if self.options and len(set(self.options)) < len(self.options):
             faults.append(f"options {list(self.options)} holds one twice")
+        if self.labels and len(set(self.labels)) < len(self.labels):
+            faults.append(f"labels {list(self.labels)} holds one twice")
         if self.labels and self.options and len(self.labels) != len(self.options):
             faults.append(f"{len(self.labels)} labels for {len(self.options)} options: give one for each")
         if self.line_pattern and (fault := pattern_fault(self.line_pattern)):

@@ -60,7 +60,7 @@ class Evaluations:
         """Go on from what a run in the directory has found on the same data; the best by other data is let go."""
         if self.held_out is None:
             return
-        self.found |= kept_evaluations(self.out, data_sha256=self.held_out.sha256)
+        self.found |= kept_evaluations(self.out, data_sha256=self.held_out.sha256) or {}
         if not self.found:
             shutil.rmtree(self.out / BEST_NAME, ignore_errors=True)
 

@@ -227,8 +227,11 @@ def keep_evaluations(directory: Path, evaluations: Mapping[int, Metrics], *, dat
     atomic_write_text(directory / EVALUATIONS_NAME, json.dumps(kept, indent=2) + "\n")
 
 
-def kept_evaluations(directory: Path, *, data_sha256: str) -> dict[int, Metrics]:
-    """What the run's evaluations on this data found, by step. Raises AdapterError for a damaged file."""
+def kept_evaluations(directory: Path, *, data_sha256: str) -> dict[int, Metrics] | None:
+    """What the run's evaluations on this data found, by step; None where they were made on other data.
+
+    Raises AdapterError for a damaged file.
+    """
     path = directory / EVALUATIONS_NAME
     if not path.is_file():
         return {}
@@ -236,7 +239,7 @@ def kept_evaluations(directory: Path, *, data_sha256: str) -> dict[int, Metrics]
         kept = strict_object(path.read_bytes())
         found = {int(step): _metrics(told) for step, told in kept["evaluations"].items()}
         if kept["data_sha256"] != data_sha256:
-            return {}
+            return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from None
     if wrong := [step for step, metrics in found.items() if step < 0 or not _are_numbers(metrics)]:

@@ -51,6 +51,7 @@ from agzo_edge.rundir import (
     discard_halves,
     header_of,
     keep_step,
+    kept_evaluations,
     load_changes,
     read_run,
     require_same_run,
@@ -98,6 +99,8 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     config = on_adapters_layers(config, changes, facts)
     facts.require_trainable(config.target_modules)
     data, held_out = run_data(config, facts)
+    if resume and held_out and kept_evaluations(out, data_sha256=held_out.sha256) is None:
+        to_know = (*to_know, "the held-out rows are others than before: what was found on those is set aside")
     yield DataReady(data.report, held_out.report if held_out else None, data.sample)
     planned = planned_run(config, facts, [part for part in (data, held_out) if part], to_know=to_know)
     yield planned
@@ -227,9 +230,11 @@ class _Session:
                     return
                 if _is_due(done, self.config.save_steps) and done < self.config.max_steps:
                     yield Saved(done, save_checkpoint(self.out, learner, header, step=done, card=self.account.card()))
-        except (GeneratorExit, BudgetBrokenError, DataError, NonFiniteLossError, RewardError):
+        except (GeneratorExit, BudgetBrokenError, DataError, NonFiniteLossError, RewardError) as error:
             if learner.rate_factor == rate_factor:  # else it has gone back for a step that failed, and no line says so
                 save_checkpoint(self.out, learner, header, step=done, card=self.account.card())
+            if isinstance(error, RewardError):
+                raise RewardError(f"{error}. What was learned is saved: go on with --resume-from-checkpoint") from None
             raise
 
     def _finished(self, learner: Learner, header: Mapping[str, Any], answers: list[str]) -> Generator[Event]:

@@ -359,7 +359,8 @@ def test_data_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        (("--options", "yes"), ("options", "at least 2")),
+        (("--options", "yes"), ("options", "at least 2 are needed")),
+        (("--labels", "0,0"), ("labels ['0', '0'] holds one twice",)),
         (("--options", "yes,yes"), ("options", "holds one twice")),
         (("--options", "yes,no", "--labels", "1,2,3"), ("3 labels for 2 options",)),
         (("--prompt-template", "{text"), ("prompt_template", "expected '}'")),

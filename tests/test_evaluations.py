@@ -13,7 +13,7 @@ import agzo_edge
 from agzo_edge import demo
 from agzo_edge.config import RunConfig, config_from
 from agzo_edge.errors import ConfigError
-from agzo_edge.events import Evaluated, Event, Finished, Stepped
+from agzo_edge.events import Evaluated, Event, Finished, Planned, Stepped
 from agzo_edge.rundir import keep_evaluations, kept_evaluations
 from agzo_edge.session import training
 from agzo_edge.train.best import best_step, out_of_patience
@@ -48,7 +48,8 @@ def test_what_is_not_finite_is_the_worst_and_is_kept_as_null(tmp_path: Path) -> 
     assert "NaN" not in (tmp_path / "evaluations.json").read_text()
     found = kept_evaluations(tmp_path, data_sha256="a")
     assert [math.isfinite(metrics.loss) for metrics in found.values()] == [True, False, True, False]
-    assert kept_evaluations(tmp_path, data_sha256="b") == {}
+    assert kept_evaluations(tmp_path, data_sha256="b") is None
+    assert kept_evaluations(tmp_path / "elsewhere", data_sha256="b") == {}
 
 
 def config_of(out: Path, **settings: object) -> RunConfig:
@@ -91,6 +92,20 @@ def test_a_run_without_progress_stops_and_stays_stopped_when_it_is_resumed(tmp_p
     assert isinstance(again[-1], Finished)
     more = list(training(config.model_copy(update={"early_stopping_patience": 0}), resume=True))
     assert steps_of(more) == 12 - done
+
+
+def test_other_held_out_rows_set_aside_what_was_found_and_say_so(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    list(training(config_of(out, max_steps=4)))
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "Is it?", "completion": " It be."}\n' * 3)
+    events = list(training(config_of(out, max_steps=6, eval_data=str(other)), resume=True))
+    (planned,) = (event for event in events if isinstance(event, Planned))
+    assert any("held-out rows are others" in note for note in planned.notes)
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    assert finished.run.before is None, "nobody scored the model on these before it was trained"
+    assert finished.run.after is not None
 
 
 def test_a_stopped_run_ends_early_where_the_whole_one_does(tmp_path: Path) -> None:

@@ -399,6 +399,12 @@ def test_resuming_another_run_is_refused_by_the_setting(
         trained(tmp_path / "run", resume=True, **changed)
 
 
+def test_a_preset_named_while_resuming_is_another_run(whole_run: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(whole_run, tmp_path / "run")
+    with pytest.raises(AdapterError, match=r"learning_rate was 0\.1 and is 0\.2 now"):
+        agzo_edge.finetune(output_dir=str(run_dir), preset="fast", resume=True)
+
+
 def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "run", max_steps=2)
     with pytest.raises(AdapterError, match="training data has changed"):

@@ -90,6 +90,8 @@ def print_result(console: Console, course: Course, run: "Run") -> None:
     losses = [told[step]["loss"] for step in sorted(told, key=int)] or course.held_out_losses
     if run.before is not None and run.after is not None and len(losses) > 1:
         print_lines(console, before_after(run.before, run.after, losses))
+    elif run.after is not None:
+        print_lines(console, [evaluation_line(int(run.report["steps"]), run.after)])
     print_lines(console, cost_lines(run))
     console.print()
     if samples:

@@ -108,10 +108,13 @@ class TextModel:
 
 
 def _require_text(prompt: str | Sequence[Message]) -> None:
-    """Raise ModelError for no message at all, and for what came from bytes that are no UTF-8."""
-    if not isinstance(prompt, str) and not prompt:
+    """Raise ModelError for no message at all, for what is none, and for what came from bytes that are no UTF-8."""
+    messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        raise ModelError("the prompt is neither a text nor a conversation, which is a list of messages")
+    if not messages:
         raise ModelError("the conversation is empty: give at least one message")
-    texts = [prompt] if isinstance(prompt, str) else [str(part) for message in prompt for part in message.values()]
+    texts = [str(part) for message in messages for part in message.values()]
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:

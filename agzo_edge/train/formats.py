@@ -30,6 +30,8 @@ from agzo_edge.train.turns import (
 
 Format = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text", "choice", "preference", "prompt"]
 
+_SHOWN_FIELDS, _SHOWN_CHARACTERS = 12, 40  # of a row without a format, which may be no table at all
+
 _FIELDS: Mapping[Objective, Mapping[Format, tuple[str, ...]]] = {
     "lm": {
         "messages": ("messages",),
@@ -92,12 +94,10 @@ def _holds_prompt(fields: Mapping[str, Any]) -> bool:
 
 def _no_format(fields: Mapping[str, Any], objective: Objective) -> str:
     choices = "; or ".join(" and ".join(needed) for needed in _FIELDS[objective].values())
-    found = ", ".join(map(repr, fields)) or "(none)"
+    found = ", ".join(repr(name)[:_SHOWN_CHARACTERS] for name in list(fields)[:_SHOWN_FIELDS]) or "(none)"
     fault = f"fields {found}: a row for objective {objective} needs {choices}"
-    for other in _FIELDS:
-        if other != objective and format_of(fields, other):
-            fault += f" (this one is for --objective {other})"
-    return fault
+    others = [other for other in _FIELDS if other != objective and format_of(fields, other)]
+    return fault + (f" (this one is for --objective {others[0]})" if others else "")  # a reward's are in most rows
 
 
 def _lacking(fields: Mapping[str, Any], objective: Objective, first: SoundRow) -> str:

@@ -60,7 +60,11 @@ def answer(reward: Reward, question: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": f"raised {type(error).__name__}: {error}"}
     if not isinstance(value, Real):
         return {"error": f"returned {type(value).__name__} {str(value)[:80]!r}; it must be a number"}
-    return {"reward": float(value)} if math.isfinite(value) else {"error": f"returned {value}; it must be finite"}
+    try:
+        number = float(value)
+    except OverflowError:  # of a whole number with more digits than a float has room for
+        number = math.inf
+    return {"reward": number} if math.isfinite(number) else {"error": f"returned {number}; it must be finite"}
 
 
 def serve(questions: TextIO, answers: TextIO) -> None:

@@ -40,7 +40,7 @@ def string_faults(name: str, value: object) -> list[str]:
 def character_faults(name: str, value: str) -> list[str]:
     """What is wrong with a text's characters; nothing where a tokenizer can take them all."""
     if "\0" in value:
-        return [f"{name} holds a NUL character"]
+        return [f"{name} holds a NUL character, as UTF-16 and files that are no text do: save it as UTF-8"]
     if _SURROGATE.search(value):
         return [f"{name} holds bytes that are not UTF-8, or half a surrogate pair: save the file as UTF-8"]
     return []

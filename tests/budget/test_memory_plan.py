@@ -164,6 +164,8 @@ def test_limits_from_flags_win_over_the_profile() -> None:
 def test_a_limit_without_a_unit_is_refused() -> None:
     with pytest.raises(ConfigError, match="no unit"):
         config_from({"vram_limit": "6"})
+    with pytest.raises(ConfigError, match="6 has no unit: write '6GiB'"):
+        config_from({"vram_limit": 6})
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ import math, os, time
 def fine(prompt, text, row): print("a print is no answer"); return len(text) + row["bonus"]
 def raises(prompt, text, row): return 1 / 0
 def nan(prompt, text, row): return math.nan
+def huge(prompt, text, row): return -(10**400)
 def text(prompt, text, row): return "good"
 def none(prompt, text, row): pass
 def hangs(prompt, text, row): time.sleep(60)
@@ -131,6 +132,7 @@ def test_a_function_of_a_module_and_a_built_in_are_named_alike(opened: list[Judg
     [
         ("raises", "raised ZeroDivisionError: division by zero"),
         ("nan", "returned nan; it must be finite"),
+        ("huge", "returned inf; it must be finite"),
         ("text", "returned str 'good'; it must be a number"),
         ("none", "returned NoneType"),
         ("dies", r"ended its process \(exit code 7\)"),
