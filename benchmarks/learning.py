@@ -17,7 +17,7 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -28,12 +28,12 @@ import transformers
 from environment import SHARED, environment, leave_result, parser_of
 from learning_methods import BASES, METHODS, Setup, loaded, training
 from learning_report import summary_of, targets_of, write_plots
-from learning_tasks import TASKS, task_examples
+from learning_tasks import TASKS, spread, task_examples
 
 from agzo_edge.errors import NonFiniteLossError
 from agzo_edge.model.memory import PeakMeter
 from agzo_edge.model.runtime import EdgeModel
-from agzo_edge.train.data import ExampleSet
+from agzo_edge.train.data import Example
 from agzo_edge.train.evaluate import evaluate
 from agzo_edge.train.objective import GOALS
 
@@ -77,30 +77,34 @@ class Bench:
 
 
 def one_run(setup: Setup, task: str, arguments: argparse.Namespace) -> Run:
-    """The curve of (steps, held-out loss, accuracy) of one training, and what it took."""
+    """The curve of (steps, held-out loss, accuracy) of one training, what it took, and what rows to learn from cost."""
     model = loaded(setup)
     data, held_out = task_examples(TASKS[task], model.tokenizer, held_out=arguments.held_out)
     steps = setup.steps_within_forwards
     every = max(1, steps // arguments.evaluations)
-    curve = [(0, *_held_out(model, held_out, task))]
+    learned = spread(data.examples, len(held_out.examples))
+    curve = [(0, *_scored(model, held_out.examples, task))]
+    on_learned = [_scored(model, learned, task)]
     train_s, began = 0.0, time.perf_counter()
     try:
         for step, _ in enumerate(training(setup, model, data), start=1):
             if step % every == 0 or step == steps:
                 train_s += time.perf_counter() - began
-                curve.append((step, *_held_out(model, held_out, task)))
+                curve.append((step, *_scored(model, held_out.examples, task)))
                 began = time.perf_counter()
                 if not curve[-1][1] < LOST_LOSS:
                     break
     except NonFiniteLossError:
         curve.append((curve[-1][0] + 1, LOST_LOSS, None))
-    return {"rate": setup.config().learning_rate, "curve": curve, "train_s": round(train_s, 2)}
+    on_learned.append(_scored(model, learned, task))
+    rate = setup.config().learning_rate
+    return {"rate": rate, "curve": curve, "on_learned": on_learned, "train_s": round(train_s, 2)}
 
 
-def _held_out(model: EdgeModel, held_out: ExampleSet, task: str) -> tuple[float, float | None]:
+def _scored(model: EdgeModel, examples: Sequence[Example], task: str) -> tuple[float, float | None]:
     """(loss, accuracy); a loss that is not finite counts as LOST_LOSS."""
     metrics = evaluate(
-        model, held_out.examples, objective=TASKS[task].objective, goal=GOALS[TASKS[task].objective], batch_size=32
+        model, examples, objective=TASKS[task].objective, goal=GOALS[TASKS[task].objective], batch_size=32
     )
     loss = metrics.loss if math.isfinite(metrics.loss) else LOST_LOSS
     return round(min(loss, LOST_LOSS), 5), metrics.accuracy

@@ -106,6 +106,8 @@ def test_a_conversation_that_is_empty_or_that_its_template_refuses_is_told_of() 
         writer.generate([{"role": "tool", "content": "abc"}])
     with pytest.raises(ModelError, match="conversation is empty"):
         writer.generate([])
+    with pytest.raises(ModelError, match="neither a text nor a conversation"):
+        writer.generate(["abc", "def"])
 
 
 def test_a_prompt_is_gone_on_from_as_it_stands_where_the_template_is_left_out() -> None:
