@@ -6,7 +6,7 @@ from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.config import RunConfig
 from agzo_edge.errors import DataError
 from agzo_edge.train.conversation import require_chat_template
-from agzo_edge.train.data import Example, Sample
+from agzo_edge.train.data import NO_FIELDS, Example, Sample
 from agzo_edge.train.formats import SoundRow, answer_index, checked_row
 from agzo_edge.train.length import fitted_prompt, fitted_rows, longest_tokens
 from agzo_edge.train.mapping import mapped_row
@@ -74,7 +74,7 @@ class ExampleMaker:
             return Made(longest_tokens=longest)
         answer = answer_index(row.fields["options"], row.fields["answer"]) if row.format == "choice" else 0
         assert answer is not None  # checked_row let it through
-        fields = row.fields if row.format == "prompt" else {}
+        fields = row.fields if row.format == "prompt" else NO_FIELDS
         is_cut = longest > limit
         return Made(Example(fitted, answer, row.place, fields), truncated=is_cut, longest_tokens=longest)
 

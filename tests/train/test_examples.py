@@ -1,3 +1,6 @@
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from agzo_edge.config import RunConfig
+from agzo_edge.demo import MODEL_DIR
 from agzo_edge.errors import DataError
 from agzo_edge.train.data import ExampleSet, longest_examples
 from agzo_edge.train.examples import load_examples
@@ -194,3 +198,22 @@ def test_settings_make_rows_of_other_fields(jsonl: Jsonl, tokenizer: Tokenizer) 
     data = load(source, tokenizer, objective="choice", answer_field="label", **settings)
     assert [example.answer for example in data.examples] == [0, 1]
     assert data.sample == (("<s>x=", False), ("bad", True))
+
+
+def test_what_many_short_rows_take_is_what_the_plan_counts(tmp_path: Path) -> None:
+    """Of such rows most is Python's objects; in a process of its own, whose heap has nothing to give back."""
+    path = tmp_path / "short.jsonl"
+    path.write_text("".join(json.dumps({"text": f"a cat {i}"}) + "\n" for i in range(100_000)))
+    script = (
+        "import sys; from transformers import AutoTokenizer\n"
+        "from agzo_edge.config import RunConfig; from agzo_edge.model.memory import anonymous_bytes\n"
+        "from agzo_edge.train.examples import load_examples\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[2]); tokenizer('warm')\n"
+        "before = anonymous_bytes(); data = load_examples(sys.argv[1], tokenizer, RunConfig())\n"
+        "print(anonymous_bytes() - before, data.n_bytes)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path), str(MODEL_DIR)], capture_output=True, text=True, check=True
+    )
+    grown_bytes, counted_bytes = map(int, done.stdout.split())
+    assert 0.75 * grown_bytes < counted_bytes < 1.1 * grown_bytes
