@@ -37,9 +37,7 @@ def held_components(job: Job) -> Iterator[Component]:
         yield line_index(job)
     yield from libraries(job)
     if job.data.n_bytes:
-        yield Component(
-            "data", job.data.n_bytes, job.host, "tokens and labels of all rows, and the objects around them"
-        )
+        yield Component("data", job.data.n_bytes, job.host, "tokens and labels of all rows, in their objects")
 
 
 def libraries(job: Job) -> Iterator[Component]:
