@@ -28,14 +28,7 @@ def _bytes_from_text(value: object) -> object:
     return parse_bytes(value) if isinstance(value, str) else value
 
 
-def _not_a_bare_number(value: object) -> object:
-    if isinstance(value, int) and value < MIB:
-        raise ValueError(f"{value} has no unit: write '{value}GiB' or '{value}MiB'")
-    return value
-
-
 Bytes = Annotated[int, BeforeValidator(_bytes_from_text), Field(gt=0, lt=MOST_BYTES)]
-Limit = Annotated[Bytes, BeforeValidator(_not_a_bare_number)]
 
 
 class AgzoConfig(BaseModel):
@@ -127,8 +120,8 @@ class RunConfig(AgzoConfig, DataConfig):
         le=1024,
         description="CPU threads; 0 takes one for a small model, where more are slower, else torch's.",
     )
-    vram_limit: Limit | None = Field(None, description="Memory budget of the GPU, with its unit: 6GiB.")
-    ram_limit: Limit | None = Field(None, description="Memory budget of the host, with its unit: 12GiB.")
+    vram_limit: Bytes | None = Field(None, description="Memory budget of the GPU, with its unit: 6GiB.")
+    ram_limit: Bytes | None = Field(None, description="Memory budget of the host, with its unit: 12GiB.")
     on_overflow: Literal["fail", "shrink", "stream"] = Field(
         "shrink",
         description="When a run does not fit: refuse it, work in smaller pieces, or also stream the layers.",
@@ -181,6 +174,13 @@ class RunConfig(AgzoConfig, DataConfig):
     @classmethod
     def _home_is_found(cls, name: str | None) -> str | None:
         return name and expanded(name)
+
+    @field_validator("vram_limit", "ram_limit", mode="before")
+    @classmethod
+    def _is_no_bare_number(cls, limit: object) -> object:
+        if isinstance(limit, int) and limit < MIB:
+            raise ValueError(f"{limit} has no unit: write '{limit}GiB' or '{limit}MiB'")
+        return limit
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
