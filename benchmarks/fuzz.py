@@ -405,7 +405,7 @@ def subjects(folder: Path) -> list[Subject]:
             "evaluations.json",
             run / EVALUATIONS_NAME,
             scratched_or_forged,
-            lambda: kept_evaluations(run, data_sha256=held_out_sha256),
+            lambda: kept_evaluations(run, data_sha256=held_out_sha256) or {},  # none, too, where they are of other data
             says_evaluations,
             4,
         ),

@@ -95,7 +95,7 @@ def test_lines_that_no_tokenizer_can_take_are_named_and_the_text_is_not_used() -
     rows = list(text_rows([Document("a.txt", text)], CHARACTERS, max_tokens=9, line_pattern=None))
     assert [str(row).split(" longer")[0] for row in rows] == [
         "a.txt:2: the line holds bytes that are not UTF-8, or half a surrogate pair: save the file as UTF-8",
-        "a.txt:4: the line holds a NUL character",
+        "a.txt:4: the line holds a NUL character, as UTF-16 and files that are no text do: save it as UTF-8",
         "a.txt:5: the line is",
     ]
 
