@@ -83,10 +83,9 @@ class DataConfig(BaseModel):
         named = {name: text for name, text in templates.items() if text is not None}
         named |= {f"option {i}": option for i, option in enumerate(self.options or ())}
         faults = [f"{name} {text!r}: {fault}" for name, text in named.items() if (fault := template_fault(text))]
-        if self.options and len(set(self.options)) < len(self.options):
-            faults.append(f"options {list(self.options)} holds one twice")
-        if self.labels and len(set(self.labels)) < len(self.labels):
-            faults.append(f"labels {list(self.labels)} holds one twice")
+        for name, listed in (("options", self.options), ("labels", self.labels)):
+            if listed and len(set(listed)) < len(listed):
+                faults.append(f"{name} {list(listed)} holds one twice")
         if self.labels and self.options and len(self.labels) != len(self.options):
             faults.append(f"{len(self.labels)} labels for {len(self.options)} options: give one for each")
         if self.line_pattern and (fault := pattern_fault(self.line_pattern)):

@@ -2,6 +2,8 @@
 
 import atexit
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +20,7 @@ from agzo_edge.budget.job import Component
 from agzo_edge.budget.memory import MemoryPlan
 from agzo_edge.budget.plan import Rung
 from agzo_edge.config import RunConfig, config_from
+from agzo_edge.demo import MODEL_DIR
 from agzo_edge.model.branch import Branch
 from agzo_edge.model.linear import FrozenLinear
 from agzo_edge.model.load import auto_class_for, load_model
@@ -231,3 +234,21 @@ def unlimited(model: EdgeModel, config: RunConfig) -> Guard:
 def assert_same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def loaded_apart(path: Path, asked: str, **settings: int) -> tuple[int, int]:
+    """The anonymous bytes that loading a file's examples takes in a process of its own, and a number `asked` of them.
+
+    `asked` is an expression of `data`, an ExampleSet.
+    """
+    script = (
+        "import sys; from transformers import AutoTokenizer\n"
+        "from agzo_edge.config import RunConfig; from agzo_edge.model.memory import anonymous_bytes\n"
+        "from agzo_edge.train.examples import load_examples\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[2]); tokenizer('warm')\n"
+        f"before = anonymous_bytes(); data = load_examples(sys.argv[1], tokenizer, RunConfig(**{settings}))\n"
+        f"print(anonymous_bytes() - before, {asked})"
+    )
+    told = subprocess.run([sys.executable, "-c", script, path, MODEL_DIR], capture_output=True, text=True, check=True)
+    grown_bytes, answer = map(int, told.stdout.split())
+    return grown_bytes, answer

@@ -1,17 +1,15 @@
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from character_tokens import CHATML, CHATML_MARKED
+from helpers import loaded_apart
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from agzo_edge.config import RunConfig
-from agzo_edge.demo import MODEL_DIR
 from agzo_edge.errors import DataError
 from agzo_edge.train.data import ExampleSet, longest_examples
 from agzo_edge.train.examples import load_examples
@@ -204,16 +202,5 @@ def test_what_many_short_rows_take_is_what_the_plan_counts(tmp_path: Path) -> No
     """Of such rows most is Python's objects; in a process of its own, whose heap has nothing to give back."""
     path = tmp_path / "short.jsonl"
     path.write_text("".join(json.dumps({"text": f"a cat {i}"}) + "\n" for i in range(100_000)))
-    script = (
-        "import sys; from transformers import AutoTokenizer\n"
-        "from agzo_edge.config import RunConfig; from agzo_edge.model.memory import anonymous_bytes\n"
-        "from agzo_edge.train.examples import load_examples\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[2]); tokenizer('warm')\n"
-        "before = anonymous_bytes(); data = load_examples(sys.argv[1], tokenizer, RunConfig())\n"
-        "print(anonymous_bytes() - before, data.n_bytes)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(path), str(MODEL_DIR)], capture_output=True, text=True, check=True
-    )
-    grown_bytes, counted_bytes = map(int, done.stdout.split())
+    grown_bytes, counted_bytes = loaded_apart(path, "data.n_bytes")
     assert 0.75 * grown_bytes < counted_bytes < 1.1 * grown_bytes

@@ -1,13 +1,12 @@
 """Files too large to be held: the same examples as from memory, in bounded memory, and what is checked when."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import loaded_apart
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -184,17 +183,6 @@ def test_memory_does_not_grow_with_the_rows_text(tmp_path: Path) -> None:
     row = json.dumps({"text": "word " * 40}) + "\n"
     n_rows = 90 * 2**20 // len(row)
     path.write_text(row * n_rows)
-    script = (
-        "import sys; from transformers import AutoTokenizer\n"
-        "from agzo_edge.config import RunConfig; from agzo_edge.model.memory import anonymous_bytes\n"
-        "from agzo_edge.train.examples import load_examples\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[2]); tokenizer('warm')\n"
-        "before = anonymous_bytes(); data = load_examples(sys.argv[1], tokenizer, RunConfig(max_steps=20))\n"
-        "print(len(data.examples), anonymous_bytes() - before)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(path), str(MODEL_DIR)], capture_output=True, text=True, check=True
-    )
-    n_found, grown_bytes = map(int, done.stdout.split())
+    grown_bytes, n_found = loaded_apart(path, "len(data.examples)", max_steps=20)
     assert n_found == n_rows
     assert grown_bytes < 40 * 2**20  # chunks, the index and an epoch's order; the rows would take ten times that
