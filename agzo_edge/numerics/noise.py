@@ -164,36 +164,37 @@ def _numbers(kind: NoiseKind, n_examples: int, **key: int) -> Tensor:  # (exampl
 
 
 def evened(
-    guess: Tensor,  # (out_features, rank): a batch's guess at dL/dC
-    energies: Tensor,  # (rank,): sums of squares of the coordinates that it was made of
-) -> Tensor:  # (out_features, rank)
+    guess: Tensor,  # (..., out_features, rank): a batch's guess at dL/dC
+    energies: Tensor,  # (..., rank): sums of squares of the coordinates that it was made of
+) -> Tensor:  # (..., out_features, rank)
     """The guess with each column divided by the size of its coordinate.
 
     The leading coordinate is mostly what all tokens share, and as large as it is its column would take the noise from
     all others. Coordinates in the leading directions of the inputs are nearly uncorrelated, so this is the guess times
     the inverse root of their covariance, as the right side of Shampoo, arXiv 1802.09568, on a diagonal.
     """
-    return guess / (energies + FLOOR * energies.max()).sqrt()
+    return guess / (energies + FLOOR * energies.amax(-1, keepdim=True)).sqrt().unsqueeze(-2)
 
 
 def next_guide(
-    guess: Tensor,  # (out_features, rank): a batch's guess at dL/dC
-    previous: Tensor,  # (out_features, rank) float32: the guide before, in the present basis
+    guess: Tensor,  # (..., out_features, rank): a batch's guess at dL/dC
+    previous: Tensor,  # (..., out_features, rank) float32: the guide before, in the present basis
     *,
     memory: float,
-) -> Tensor:  # (out_features, rank) float32, of mean square 1 or zero
+) -> Tensor:  # (..., out_features, rank) float32, of mean square 1 or zero
     """The direction of the guess, with `memory` of the guide before: what agrees from batch to batch adds up.
 
     A guess that is zero, or not finite, leaves the guide before.
     """
     guess = _unit(guess.float())
-    return _unit(torch.where(guess.any(), memory * _unit(previous) + (1.0 - memory) * guess, previous))
+    is_known = guess.flatten(-2).any(-1)[..., None, None]
+    return _unit(torch.where(is_known, memory * _unit(previous) + (1.0 - memory) * guess, previous))
 
 
 def _unit(direction: Tensor) -> Tensor:
-    """The direction with mean square 1, as full noise of signs has; zero for zero and for what is not finite."""
+    """Each direction with mean square 1, as full noise of signs has; zero for zero and for what is not finite."""
     tiny = torch.finfo(torch.float32).tiny
-    largest = torch.linalg.vector_norm(direction, torch.inf)
+    largest = torch.linalg.vector_norm(direction, torch.inf, dim=(-2, -1), keepdim=True)
     direction = direction / largest.clamp_min(tiny)  # first: squares of the smallest numbers are zero
-    direction = direction / direction.square().mean().sqrt().clamp_min(tiny)
+    direction = direction / direction.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(tiny)
     return direction.nan_to_num(0.0)  # all of it, if anything was not finite: by its largest everything was divided

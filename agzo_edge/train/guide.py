@@ -14,12 +14,15 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from agzo_edge.model.branch import Branch
 from agzo_edge.model.passes import Refresh
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.numerics.noise import evened, next_guide
 from agzo_edge.numerics.update import reprojected
 from agzo_edge.train.data import Batch
 from agzo_edge.train.objective import Goal
+
+GUIDES_AT_ONCE = 16
 
 
 def find_guides(
@@ -36,12 +39,30 @@ def find_guides(
     The pass may be the one that finds the bases.
     """
     parts = [_guesses(model, batch.to(model.device), goal, refresh=refresh) for batch in batches]
-    for branch in model.branches:
+    for alike in _alike(model.branches):
+        names = [branch.name for branch in alike]
+        guesses, energies = (
+            reduce(torch.add, [torch.stack([part[name][i] for name in names]) for part in parts]) for i in range(2)
+        )
+        before = torch.stack([_in_present_basis(branch, old_bases) for branch in alike])
+        for branch, guide in zip(alike, next_guide(evened(guesses, energies), before, memory=memory), strict=True):
+            branch.guide = guide
+
+
+def _alike(branches: Sequence[Branch]) -> Iterator[list[Branch]]:
+    """The guided branches of one shape, some at a time: what is done with all of them is one launch on a GPU."""
+    by_shape: dict[torch.Size, list[Branch]] = {}
+    for branch in branches:
         if branch.guide is not None:
-            guesses, energies = zip(*(part[branch.name] for part in parts), strict=True)
-            guess = evened(reduce(torch.add, guesses), reduce(torch.add, energies))
-            before = reprojected(branch.guide, old_bases[branch.group.index], branch.group.basis)
-            branch.guide = next_guide(guess, before, memory=memory)
+            by_shape.setdefault(branch.guide.shape, []).append(branch)
+    for alike in by_shape.values():
+        yield from (alike[i : i + GUIDES_AT_ONCE] for i in range(0, len(alike), GUIDES_AT_ONCE))
+
+
+def _in_present_basis(branch: Branch, old_bases: Mapping[int, Tensor]) -> Tensor:  # (out_features, rank)
+    """The guide that the window before had."""
+    assert branch.guide is not None
+    return reprojected(branch.guide, old_bases[branch.group.index], branch.group.basis)
 
 
 def _guesses(

@@ -1,12 +1,13 @@
 """Rows from plain text, where nothing says what a row is.
 
 A line pattern makes a row of each line. Without one, a row is as many whole lines as fit a forward pass,
-and begins after a blank line where one is near: a note that fits is one row, a novel is many. Only a text's
-last row ends with an EOS.
+and begins after a blank line where one is near: a note that fits is one row, a novel is many, and a line that does
+not fit is several. Only a text's last row ends with an EOS.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from agzo_edge.train.rows import MAX_ROW_BYTES, BrokenRow, Document, RawRow, too
 from agzo_edge.train.turns import character_faults
 
 _SPECIAL_TOKENS = 2  # BOS and EOS, which a row may get
-_LINES_AT_ONCE = 1000  # a tokenizer takes some 200 bytes for each character that it is given at once
+_CHARACTERS_AT_ONCE = 50_000  # of which a tokenizer takes some 200 bytes each
 
 
 def text_rows(
@@ -49,25 +50,24 @@ def _matched_lines(document: Document, pattern: re.Pattern[str]) -> Iterator[Raw
 
 
 def _pieces(document: Document, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Iterator[RawRow | BrokenRow]:
-    """A row for each stretch of lines that fits; a longer line is a row of its own, and too long.
-
-    A text with broken lines gives nothing but those.
-    """
+    """A row for each stretch of lines that fits, or of a line that does not; a text with broken lines gives those."""
     lines = document.text.splitlines(keepends=True)
     if not document.text.strip():
         return
     if broken := list(_broken_lines(document.name, lines)):
         yield from broken
         return
-    n_tokens = _lengths(lines, tokenizer)
+    room = max_tokens - _SPECIAL_TOKENS
     is_blank = [not line.strip() for line in lines]
+    cuts = _cuts(_lengths(lines, tokenizer), is_blank, room=room)
+    stretches = [(start + 1, "".join(lines[start:end])) for start, end in cuts]
     pieces = [
-        (start, text)
-        for start, end in _cuts(n_tokens, is_blank, room=max_tokens - _SPECIAL_TOKENS)
-        if (text := "".join(lines[start:end]).rstrip("\n")).strip()
+        (number, text)
+        for number, stretch in _fitting(stretches, tokenizer, room=room)
+        if (text := stretch.rstrip("\n")).strip()
     ]
-    for i, (start, text) in enumerate(pieces, start=1):
-        yield RawRow(f"{document.name}:{start + 1}", {"text": text, "goes_on": i < len(pieces)})
+    for i, (number, text) in enumerate(pieces, start=1):
+        yield RawRow(f"{document.name}:{number}", {"text": text, "goes_on": i < len(pieces)})
 
 
 def _broken_lines(name: str, lines: Sequence[str]) -> Iterator[BrokenRow]:
@@ -80,12 +80,13 @@ def _broken_lines(name: str, lines: Sequence[str]) -> Iterator[BrokenRow]:
             yield from (BrokenRow(place, fault) for fault in character_faults("the line", line))
 
 
-def _lengths(lines: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of each line."""
+def _lengths(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of each text."""
     lengths: list[int] = []
-    for first in range(0, len(lines), _LINES_AT_ONCE):
-        part = list(lines[first : first + _LINES_AT_ONCE])
-        lengths += map(len, tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+    ends = accumulate(map(len, texts))
+    for _, part in groupby(zip(ends, texts, strict=True), key=lambda text: text[0] // _CHARACTERS_AT_ONCE):
+        some = [text for _, text in part]
+        lengths += map(len, tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"])
     return lengths
 
 
@@ -105,3 +106,29 @@ def _cuts(n_tokens: Sequence[int], is_blank: Sequence[bool], *, room: int) -> It
                 end = blank
         yield start, end
         start = end
+
+
+def _fitting(
+    pieces: Sequence[tuple[int, str]],  # the number of each one's first line, and its text
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    room: int,  # tokens
+) -> Iterator[tuple[int, str]]:
+    """The pieces, divided until each fits: lines together may be more tokens than each by itself, and one too many."""
+    for (number, text), n_tokens in zip(pieces, _lengths([text for _, text in pieces], tokenizer), strict=True):
+        if n_tokens <= room or room < 1 or len(text) == 1:
+            yield number, text
+        else:
+            n_rows = n_tokens // room + 1
+            first, second = _divided(text, at=len(text) * (n_rows // 2) // n_rows)
+            yield from _fitting([(number, first), (number + first.count("\n"), second)], tokenizer, room=room)
+
+
+def _divided(text: str, *, at: int) -> tuple[str, str]:
+    """A text in two: after the line break that is nearest to `at`, else at the nearest space, else there."""
+    for mark, left_out in (("\n", ""), (" ", " ")):
+        places = [place for place in (text.rfind(mark, 0, at), text.find(mark, at)) if 0 <= place < len(text) - 1]
+        if places:
+            end = min(places, key=lambda place: abs(place - at)) + 1
+            return text[:end].removesuffix(left_out), text[end:]
+    return text[: max(at, 1)], text[max(at, 1) :]

@@ -57,9 +57,37 @@ def test_nothing_but_blank_lines_is_lost_and_every_row_fits(lines: list[str], ma
     assert all(len(row.fields["text"]) + 2 <= max_tokens for row in pieces)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 2, 3])
-def test_a_length_without_room_for_a_line_gives_each_line_a_row(max_tokens: int) -> None:
+@pytest.mark.parametrize("max_tokens", [1, 2])
+def test_a_length_without_room_for_a_letter_gives_each_line_a_row(max_tokens: int) -> None:
     assert [row.fields["text"] for row in pieces_of("one\n\ntwo\n", max_tokens=max_tokens)] == ["one", "two"]
+
+
+def test_a_line_that_does_not_fit_is_several_rows_cut_at_spaces_where_there_are_any() -> None:
+    pieces = pieces_of("short\none two three four five\n東京都新宿区西新宿", max_tokens=12)
+    assert [(row.place, row.fields["text"]) for row in pieces] == [
+        ("a.txt:1", "short"),
+        ("a.txt:2", "one two"),
+        ("a.txt:2", "three four"),
+        ("a.txt:2", "five"),
+        ("a.txt:3", "東京都新宿区西新宿"),
+    ]
+    assert [row.fields["text"] for row in pieces_of("東京都新宿区西新宿", max_tokens=8)] == ["東京都新", "宿区西新宿"]
+
+
+@given(text=st.text("ab \n\r", min_size=1, max_size=60), max_tokens=st.integers(3, 12))
+def test_every_row_fits_and_no_letter_is_lost(text: str, max_tokens: int) -> None:
+    pieces = pieces_of(text, max_tokens=max_tokens)
+    assert all(len(row.fields["text"]) + 2 <= max_tokens for row in pieces)
+    assert "".join("".join(row.fields["text"].split()) for row in pieces) == "".join(text.split())
+
+
+def test_lines_that_are_more_tokens_together_than_alone_fit_after_all(shared_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared_dir / "models" / "stories260K")
+    lines = ["VOLUMNIA:", "Then his good report should have been my son; I"]  # its " I" is one token before a break
+    lines.append("therein would have found issue. Hear me profess")
+    rows = list(text_rows([Document("a.txt", "\n".join(lines))], tokenizer, max_tokens=64, line_pattern=None))
+    assert [row.place for row in rows] == ["a.txt:1", "a.txt:3"]
+    assert all(len(tokenizer(row.fields["text"])["input_ids"]) < 64 for row in rows if isinstance(row, RawRow))
 
 
 @pytest.mark.parametrize("name", ["stories260K", "tiny-novels", "tinystories-chat-3m"])
@@ -103,5 +131,5 @@ def test_lines_that_no_tokenizer_can_take_are_named_and_the_text_is_not_used() -
 def test_a_text_of_many_lines_is_measured_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(f"{'ab' * (i % 4)}\n" for i in range(50))
     at_once = pieces_of(text, max_tokens=20)
-    monkeypatch.setattr(plain, "_LINES_AT_ONCE", 3)
+    monkeypatch.setattr(plain, "_CHARACTERS_AT_ONCE", 9)
     assert pieces_of(text, max_tokens=20) == at_once
