@@ -29,7 +29,7 @@ def kernels(setting: Setting) -> Rows:
     device's cache comes from there: only rows with much more than that say something of the memory.
     """
     for out_features, in_features in SMALL_LAYERS if setting.small else LAYERS:
-        for tokens in (64,) if setting.small else (8, 256, 1024, 8192):
+        for tokens in (64,) if setting.small else (2, 8, 256, 1024, 8192):
             about = {"out": out_features, "in": in_features, "rows_x_tokens": tokens}
             layer = _Layer(setting, out_features, in_features, tokens=tokens)
             yield from layer.base_parts(about)

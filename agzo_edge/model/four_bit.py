@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Iterator
 from copy import copy
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from agzo_edge.model.workspace import Workspace
 
+FEW_ROWS = 4  # so many or fewer, as while an answer is written, bitsandbytes 0.50 multiplies in one kernel on any card
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # in the library's symbols
 
 
@@ -39,6 +41,17 @@ class FourBitWeight:
         else:
             _dequantize_on_cpu(self.packed, self.state, weight)
         return weight
+
+    def fused_product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x Wᵀ + b (..., out_features) by a kernel that reads the nibbles alone; None where there are too many rows.
+
+        A weight that is dequantized for one token is written and read again as a whole, nine times the bytes. Of more
+        rows the library may dequantize it as well, and into memory of its own.
+        """
+        is_few = x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype is self.state.dtype and not x.requires_grad
+        if not (is_few and self.packed.is_cuda and self.shape[1] % self.state.blocksize == 0):
+            return None
+        return _fused(x, self, bias) if _fuses_rightly(x.device, x.dtype) else None
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """The packed nibbles and their scales, the nested ones too."""
@@ -89,3 +102,25 @@ def _plain_absmax(state: Any) -> Tensor:  # (blocks,) float32
     if not state.nested:
         return state.absmax.float()
     return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+
+
+def _fused(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b as bitsandbytes' own layer has it."""
+    from bitsandbytes import matmul_4bit
+
+    product: Tensor = matmul_4bit(x, weight.packed.t(), quant_state=weight.state, bias=bias)
+    return product
+
+
+@cache
+def _fuses_rightly(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused kernel is there and gives the dequantized product's numbers, tried once on a small case."""
+    from bitsandbytes.functional import quantize_4bit
+
+    values = torch.linspace(-1.0, 1.0, 128 * 128, device=device).cos().view(128, 128).to(dtype)
+    weight = FourBitWeight(*quantize_4bit(values, quant_type="nf4"), dtype=dtype, workspace=Workspace())
+    try:
+        found = _fused(values[:1], weight, None)
+    except Exception:  # noqa: BLE001  # whatever keeps it from working here, the product of the dense weight does
+        return False
+    return torch.allclose(found, values[:1] @ weight.dense().mT, rtol=0.02, atol=0.2)

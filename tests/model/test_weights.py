@@ -11,7 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from agzo_edge.errors import ModelError
+from agzo_edge.model import four_bit
 from agzo_edge.model.four_bit import FourBitWeight
+from agzo_edge.model.linear import FrozenLinear
 from agzo_edge.model.load import load_model
 from agzo_edge.model.weights import (
     DenseWeight,
@@ -69,6 +71,49 @@ def test_a_four_bit_weight_dequantizes_as_bitsandbytes_says_and_never_changes() 
     assert weight.dense().any()
     assert torch.equal(weight.packed, packed)
     assert dict(weight.stored()).keys() == {"packed", "absmax"}
+
+
+FOUR_BIT = [{}, {"quant_type": "fp4"}, {"double_quant": True}]
+
+
+def four_bit_layer(device: str, **settings: object) -> FrozenLinear:
+    """A layer of 192 outputs and 128 inputs with a bias."""
+    values = torch.randn(192, 128, generator=torch.Generator().manual_seed(0)).to(device)
+    config, dtype = run_config(load_in_4bit=True, **settings), torch.float32
+    weight = quantized(DenseWeight(values), config, device=torch.device(device), dtype=dtype, workspace=Workspace())
+    return FrozenLinear(weight, torch.randn(192, generator=torch.Generator().manual_seed(1)).to(device))
+
+
+@pytest.mark.parametrize("settings", FOUR_BIT)
+@pytest.mark.parametrize("is_beside", [False, True])
+def test_the_fused_product_is_that_of_the_dense_weight(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], is_beside: bool
+) -> None:
+    layer, x = four_bit_layer("cpu", **settings), torch.randn(3, 1, 128)
+    beside = torch.randn(3, 1, 192) if is_beside else None
+    expected = layer.product(x, layer.bias, beside=None if beside is None else beside.clone())
+    monkeypatch.setattr(FourBitWeight, "fused_product", lambda weight, x, bias: four_bit._fused(x, weight, bias))
+    assert_close(layer.product(x, layer.bias, beside=beside), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_product_is_fused_for_few_rows_on_a_gpu_alone() -> None:
+    layer = four_bit_layer("cpu")
+    assert isinstance(layer.base, FourBitWeight)
+    assert layer.base.fused_product(torch.randn(1, 128), None) is None
+    assert four_bit._fuses_rightly(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", FOUR_BIT)
+def test_a_few_rows_on_a_gpu_are_multiplied_without_a_dense_weight(settings: dict[str, object]) -> None:
+    layer = four_bit_layer("cuda", **settings)
+    assert isinstance(layer.base, FourBitWeight)
+    x = torch.randn(four_bit.FEW_ROWS + 1, 128, device="cuda")
+    assert layer.base.fused_product(x, layer.bias) is None
+    found = layer.base.fused_product(x[:-1], layer.bias)
+    assert found is not None
+    assert_close(found, layer(x)[:-1], rtol=1e-3, atol=1e-2)
 
 
 def test_an_eight_bit_weight_is_its_integers_times_the_rows_scale() -> None:
