@@ -37,6 +37,7 @@ class Account:
     peak_bytes: int = 0
     last_loss: float = -math.inf  # of the last step
     times_gone_back: int = 0
+    steps_without_signal: int = 0  # in which no loss had changed with the noise's sign
     evaluations: dict[int, Metrics] = field(default_factory=dict)
 
     def take(self, timed: TimedStep) -> None:
@@ -44,6 +45,7 @@ class Account:
         self._add(timed.tokens, timed.wall_s, timed.peak_bytes)
         self.last_loss = timed.record.loss
         self.times_gone_back += (timed.record.went_back_to is not None) + (timed.record.ended_at is not None)
+        self.steps_without_signal += not any(timed.record.projected)
 
     def take_records(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add the steps of earlier sittings, from the journal."""
@@ -51,6 +53,7 @@ class Account:
             self._add(int(record["tokens"]), float(record["wall_s"]), int(record["peak_bytes"]))
             self.last_loss = float(record["loss"])
             self.times_gone_back += ("went_back_to" in record) + ("ended_at" in record)
+            self.steps_without_signal += not any(record["projected"])
 
     def _add(self, tokens: int, wall_s: float, peak_bytes: int) -> None:
         self.steps += 1
@@ -71,20 +74,24 @@ class Account:
     def card(self) -> str:
         """README.md of the adapter as it is now."""
         before, after = self.before, self.after if self.before else None
+        is_loss = self.config.objective != "reward"
         return model_card(
             {
                 "base_model": self.config.model,
                 "quantization": self.quantization,
                 "data_file": self.config.data,
                 "data_sha256": self.data.sha256,
+                "prompt_form": self.data.asking and self.data.asking.form,
                 "n_rows": self.data.report.rows_used - self.data.report.rows_held_back,
                 "eval_file": self.config.eval_data,
                 "n_eval_rows": self.held_out and self.held_out.report.rows_used,
                 "settings": {name: getattr(self.config, name) for name in _TOLD_SETTINGS},
                 "steps": self.steps,
                 "n_tokens": self.tokens,
-                "loss_before": before and before.loss,
-                "loss_after": after and after.loss,
+                "loss_before": before and before.loss if is_loss else None,
+                "loss_after": after and after.loss if is_loss else None,
+                "reward_before": before and before.reward,
+                "reward_after": after and after.reward,
                 "accuracy_before": before and before.accuracy,
                 "accuracy_after": after and after.accuracy,
                 "wall_s": self.wall_s,
@@ -103,6 +110,7 @@ class Account:
             "finished": True,
             "steps": self.steps,
             "times_gone_back": self.times_gone_back,
+            "steps_without_signal": self.steps_without_signal,
             "wall_s": round(self.wall_s, 3),
             "tokens": self.tokens,
             "tokens_per_s": round(self.tokens / self.wall_s, 1) if self.wall_s else None,

@@ -18,6 +18,7 @@ from agzo_edge.demo import DATA_DIR, MODEL_DIR, TRAIN_NAME, demo_directory, demo
 from agzo_edge.errors import ConfigError, ModelError
 from agzo_edge.paths import expanded
 from agzo_edge.presets import PRESETS
+from agzo_edge.train.source import require_place
 
 if TYPE_CHECKING:  # these load torch, which planning does without
     from agzo_edge.events import Event, Run
@@ -72,7 +73,7 @@ def plan(
 ) -> MemoryPlan:
     """The memory that a run would need, from the checkpoint's headers alone: nothing is loaded.
 
-    Raises ConfigError and ModelError; a plan that does not fit is returned, with `fits` False.
+    Raises ConfigError, ModelError and DataError; a plan that does not fit is returned, with `fits` False.
     """
     config = resolve({"model": model, **settings}, config_file=config_file, preset=preset)
     return memory_plan(_facts_to_train(config), config, machine_profile(config.profile))
@@ -94,7 +95,10 @@ def sweep(
 
 
 def _facts_to_train(config: RunConfig) -> ModelFacts:
-    """The facts of a run's model. Raises ModelError when there is none, or it cannot be trained so."""
+    """The facts of a run's model. Raises ModelError where it cannot be trained so, and DataError for data not there."""
+    for source in (config.data, config.eval_data):
+        if source is not None:
+            require_place(source)
     facts = model_facts(str(config.model))
     if config.adapter is None:  # which would bring its own layers
         facts.require_trainable(config.target_modules)
@@ -133,15 +137,15 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
     """A quantized model with its adapter, ready to write text: `load(...).generate(prompt)`.
 
     The adapter of a run finds the base that it was trained on, held as it was then, unless `model` or `settings` say
-    otherwise.
+    otherwise. Prompts are put as the rows of that run put them, by the chat template or as they stand.
     """
-    from agzo_edge.loading import loaded_model
+    from agzo_edge.loading import loaded_model, prompt_form_of
     from agzo_edge.serve.generate import TextModel
 
     path = None if adapter is None else _path(adapter)
     config = _of_use(path, {"model": model, **settings}).model_copy(update={"batch_size": 1, "micro_batch_size": 1})
     loaded, _ = loaded_model(model_facts(str(config.model)), config, path)
-    return TextModel(loaded)
+    return TextModel(loaded, form=None if path is None else prompt_form_of(path))
 
 
 def evaluate(
@@ -205,7 +209,7 @@ def replay(
     No data, no model and no forward pass. `until_step` gives the adapter of an earlier step; `skip` leaves steps
     out, for the sgd optimizer. Raises AdapterError when the run's files are damaged.
     """
-    from agzo_edge.loading import keep_settings
+    from agzo_edge.loading import keep_settings, settings_of
     from agzo_edge.rebuild import learned_in
     from agzo_edge.rundir import require_unused, save_result
 
@@ -215,7 +219,7 @@ def replay(
     require_unused(target, flag="--output")
     learner, header = learned_in(source, until_step=until_step, skip=skip)
     save_result(target, learner, header, card=f"Rebuilt by `agzo-edge replay` from {source.name}.\n")
-    keep_settings(target, header["config"])
+    keep_settings(target, settings_of(header))
     return target
 
 
@@ -227,10 +231,10 @@ def export(
     `replay` takes the directory of a run and writes one safetensors file from which `replay` rebuilds the adapter.
     `dtype` is what tensors are stored as, by default float32, and of a merged model what its base is stored as.
     """
-    from agzo_edge.loading import keep_settings
+    from agzo_edge.loading import keep_settings, settings_in
     from agzo_edge.rebuild import replay_file_of
     from agzo_edge.record.replay_file import save_replay
-    from agzo_edge.rundir import require_ended, settings_in
+    from agzo_edge.rundir import require_ended
     from agzo_edge.serve.export import export_adapter
 
     source, target = _path(adapter), _path(output)

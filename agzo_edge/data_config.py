@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from agzo_edge.templates import pattern_fault, template_fault
 
+PromptForm = Literal["chat", "headings", "plain"]  # by the chat template, by Alpaca's headings, as it stands
 Objective = Literal["lm", "choice", "preference", "reward"]
 METRICS: Mapping[Objective, tuple[str, ...]] = {  # what an evaluation tells
     "lm": ("loss",),

@@ -11,6 +11,7 @@ from agzo_edge.train.data import DataReport, Sample
 from agzo_edge.train.evaluate import Metrics
 from agzo_edge.train.loop import TimedStep
 from agzo_edge.train.probe import MuProbe
+from agzo_edge.train.template import Asking
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class DataReady:
     train: DataReport
     held_out: DataReport | None
     sample: Sample = ()  # the first training example as text
+    asking: Asking | None = None  # how its rows ask the model, and what one asks
+    passes: float = 0.0  # through the training rows, in all steps
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from agzo_edge.budget.facts import ModelFacts
 from agzo_edge.budget.plan import Rung
 from agzo_edge.config import RunConfig
+from agzo_edge.data_config import PromptForm
 from agzo_edge.errors import AdapterError
 from agzo_edge.model.branch import set_learned
 from agzo_edge.model.load import load_model
@@ -17,7 +18,11 @@ from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.preparation import fitted_here, on_adapters_layers
 from agzo_edge.record.adapter import base_model_of
 from agzo_edge.record.files import atomic_write_text
-from agzo_edge.rundir import JOURNAL_NAME, SETTINGS_NAME, load_changes, require_ended, settings_in
+from agzo_edge.record.journal import read_header
+from agzo_edge.record.strict_json import strict_object
+from agzo_edge.rundir import JOURNAL_NAME, PROMPT_FORM, load_changes, require_ended
+
+SETTINGS_NAME = "run_settings.json"  # beside an adapter that was taken out of its run's directory
 
 # Settings by which a run holds its base, and those by which it makes rows and scores them.
 _OF_BASE = ("load_in_4bit", "load_in_8bit", "quant_type", "double_quant")
@@ -32,6 +37,28 @@ def base_of(adapter: Path) -> str | None:
     """The base model that an adapter names, if any. Raises AdapterError for no adapter, and for a run without one."""
     require_ended(adapter)
     return base_model_of(adapter)
+
+
+def settings_in(directory: Path) -> Mapping[str, Any]:
+    """The settings of the run that made the adapter in `directory`, or in a folder of the run's; none where unknown.
+
+    With them, how its rows asked.
+    """
+    if (directory / SETTINGS_NAME).is_file():
+        try:
+            return strict_object((directory / SETTINGS_NAME).read_bytes())
+        except (OSError, ValueError):
+            return {}
+    journals = (place / JOURNAL_NAME for place in (directory, directory.absolute().parent))
+    found = next((path for path in journals if path.is_file()), None)
+    header = None if found is None else read_header(found)
+    return settings_of(header) if header else {}
+
+
+def settings_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a journal's header, and how the run's rows asked."""
+    settings = header.get("config")
+    return {**settings, PROMPT_FORM: header.get(PROMPT_FORM)} if isinstance(settings, dict) else {}
 
 
 def settings_of_run(adapter: Path, given: Mapping[str, Any], *, data_too: bool) -> dict[str, Any]:
@@ -52,6 +79,12 @@ def settings_of_run(adapter: Path, given: Mapping[str, Any], *, data_too: bool) 
     return taken
 
 
+def prompt_form_of(adapter: Path) -> PromptForm | None:
+    """How the rows that an adapter has learned from asked the model; None where nothing tells."""
+    form = settings_in(adapter).get(PROMPT_FORM)
+    return form if form in get_args(PromptForm) else None
+
+
 def settings_to_resume(directory: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of the run in `directory`; nothing where there is none. What lets code run must be `given` again.
 
@@ -59,7 +92,7 @@ def settings_to_resume(directory: Path, given: Mapping[str, Any]) -> dict[str, A
     """
     if not (directory / JOURNAL_NAME).is_file():
         return {}
-    unsettled = {"output_dir", "trust_remote_code"}  # the directory may have been moved
+    unsettled = {"output_dir", "trust_remote_code", PROMPT_FORM}  # the directory may have been moved
     settings = {name: value for name, value in settings_in(directory).items() if name not in unsettled}
     _refuse_unnamed_code(directory, settings, given)
     return settings
@@ -67,7 +100,7 @@ def settings_to_resume(directory: Path, given: Mapping[str, Any]) -> dict[str, A
 
 def keep_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     """Leave beside an adapter, taken out of its run's directory, how the run held its base and made its rows."""
-    kept = {name: settings[name] for name in (*_OF_BASE, *_OF_ROWS) if name in settings}
+    kept = {name: settings[name] for name in (*_OF_BASE, *_OF_ROWS, PROMPT_FORM) if name in settings}
     if kept:
         atomic_write_text(directory / SETTINGS_NAME, json.dumps(kept, indent=2) + "\n")
 

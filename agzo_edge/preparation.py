@@ -14,6 +14,7 @@ from agzo_edge.model.setup import on_planned_device, require_usable_device
 from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.train.data import ExampleSet
 from agzo_edge.train.examples import load_examples
+from agzo_edge.train.source import unused_validation
 
 
 def run_data(config: RunConfig, facts: ModelFacts) -> tuple[ExampleSet, ExampleSet | None]:
@@ -44,6 +45,8 @@ def planned_run(
     Raises BudgetError when nothing fits, ConfigError for a GPU that cannot be used or is not there.
     """
     fitted, notes = fitted_here(facts, config, data=data_shape(data))
+    if config.eval_data is None and (beside := unused_validation(str(config.data))):
+        to_know = (*to_know, f"{beside.name} lies beside the training rows and is not used: --eval-data {config.data}")
     to_know = (*to_know, *fitted.plan.notes, *notes)
     return Planned(fitted.config, fitted.plan, fitted.plan.profile_name, fitted.changes, fitted.rungs, to_know)
 

@@ -32,7 +32,7 @@ from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.record.adapter import CONFIG_NAME, LowRankPair, load_adapter, save_adapter
 from agzo_edge.record.bases import save_bases
 from agzo_edge.record.files import aside, atomic_write_bytes, atomic_write_text, sync_directory, writing
-from agzo_edge.record.journal import Journal, JournalWriter, read_header, read_journal
+from agzo_edge.record.journal import Journal, JournalWriter, read_journal
 from agzo_edge.record.lock import LOCK_NAME
 from agzo_edge.record.replay_file import COURSE_FIELDS
 from agzo_edge.record.strict_json import strict_object
@@ -46,8 +46,8 @@ JOURNAL_NAME = "journal.jsonl"
 REPORT_NAME = "report.json"
 EVALUATIONS_NAME = "evaluations.json"
 BEST_NAME = "best"
-SETTINGS_NAME = "run_settings.json"  # beside an adapter that was taken out of its run's directory
 STATE_NAME = "learner_state.safetensors"
+PROMPT_FORM = "prompt_form"  # beside the settings: how the rows asked
 
 # Settings that a resumed run may change; with a difference in any other it would be another run.
 _FREE_TO_CHANGE = {
@@ -94,6 +94,7 @@ def header_of(config: RunConfig, model: EdgeModel, data: ExampleSet, *, mu: floa
         "base_sha256": model.base_sha256(),
         "data_sha256": data.sha256,
         "rows_held_back": data.report.rows_held_back,
+        PROMPT_FORM: data.asking and data.asking.form,
         "layers": [[branch.name, branch.out_features, branch.group.index] for branch in model.branches],
         "group_in_features": [groups[index] for index in sorted(groups)],
         "transposed": model.transposed,
@@ -117,7 +118,10 @@ def require_same_run(header: Mapping[str, Any], now: Mapping[str, Any], *, direc
         if then.get(name) != wanted[name]
     ]
     if then["lr_schedule"] != "constant" and then["max_steps"] != wanted["max_steps"]:
-        faults.append(f"max_steps was {then['max_steps']}, and the {then['lr_schedule']} schedule depends on it")
+        faults.append(
+            f"max_steps was {then['max_steps']}, and the {then['lr_schedule']} schedule depends on it: to learn more, "
+            f"begin another run with --adapter {shlex.quote(str(directory))}"
+        )
     if faults:
         raise AdapterError(f"{directory}: this run cannot be resumed:\n" + numbered(faults))
 
@@ -206,6 +210,7 @@ def save_result(
 
 def load_changes(directory: Path) -> dict[str, LowRank]:
     """The weight changes of the adapter in `directory`, by layer. Raises AdapterError."""
+    require_ended(directory)
     return {name: LowRank(c=pair.b, a=pair.a.mT) for name, pair in load_adapter(directory).items()}
 
 
@@ -270,20 +275,6 @@ def require_ended(directory: Path) -> None:
             f"{directory}: the run has not ended: go on with it by `train --resume-from-checkpoint`, or make the "
             f"adapter of its steps so far with `agzo-edge replay {shlex.quote(str(directory))}`"
         )
-
-
-def settings_in(directory: Path) -> Mapping[str, Any]:
-    """The settings of the run that made the adapter in `directory`, or in a folder of the run's; none where unknown."""
-    if (directory / SETTINGS_NAME).is_file():
-        try:
-            return strict_object((directory / SETTINGS_NAME).read_bytes())
-        except (OSError, ValueError):
-            return {}
-    journals = (place / JOURNAL_NAME for place in (directory, directory.absolute().parent))
-    found = next((path for path in journals if path.is_file()), None)
-    header = None if found is None else read_header(found)
-    settings = header.get("config") if header else None
-    return settings if isinstance(settings, dict) else {}
 
 
 def read_run(directory: Path) -> Journal:

@@ -101,7 +101,8 @@ def training(config: RunConfig, *, resume: bool = False) -> Generator[Event]:
     data, held_out = run_data(config, facts)
     if resume and held_out and kept_evaluations(out, data_sha256=held_out.sha256) is None:
         to_know = (*to_know, "the held-out rows are others than before: what was found on those is set aside")
-    yield DataReady(data.report, held_out.report if held_out else None, data.sample)
+    passes = config.max_steps * config.batch_size / len(data.examples)
+    yield DataReady(data.report, held_out.report if held_out else None, data.sample, data.asking, passes)
     planned = planned_run(config, facts, [part for part in (data, held_out) if part], to_know=to_know)
     yield planned
     config = planned.config
@@ -274,7 +275,8 @@ class _Session:
         save_result(self.out / BEST_NAME, learner, header, card=self.account.card())
 
     def _answers(self) -> list[str]:
-        writer = TextModel(self.model)
+        asking = self.account.data.asking
+        writer = TextModel(self.model, form=asking.form if asking else None)
         with cut_to(self.model.branches, self.config.adapter_rank):
             return [writer.generate(prompt, sampling=SAMPLE) for prompt in self.samples]
 

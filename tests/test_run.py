@@ -27,11 +27,12 @@ from agzo_edge.errors import (
     NonFiniteLossError,
     RewardError,
 )
-from agzo_edge.events import Evaluated, Event, Finished, Moved, Planned, Saved, Stepped, WentBack
+from agzo_edge.events import DataReady, Evaluated, Event, Finished, Moved, Planned, Saved, Stepped, WentBack
 from agzo_edge.record.journal import JournalWriter, read_journal
 from agzo_edge.session import training
 from agzo_edge.train.guard import Guard
 from agzo_edge.train.step import agzo_step
+from agzo_edge.train.template import Asking
 
 STEPS = 9  # three windows of four, the last one open
 
@@ -259,6 +260,22 @@ def test_an_adapter_is_used_on_its_base_as_it_was_held_and_scored_by_its_runs_ob
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "Ahoy there, matey!"}\n')
     assert agzo_edge.evaluate(data=str(text), adapter=tmp_path / "run", objective="lm").accuracy is None
+
+
+def test_an_adapter_is_asked_as_its_rows_were_wherever_it_is_taken(tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "Is it a bird?", "completion": " Aye."}\n' * 4)
+    events = trained(tmp_path / "run", data=str(data), refresh_every=1, max_steps=2)
+    ready = next(event for event in events if isinstance(event, DataReady))
+    assert ready.asking == Asking("plain", "Is it a bird?")
+    assert "as they stand, without a chat template" in (tmp_path / "run" / "README.md").read_text()
+    agzo_edge.replay(tmp_path / "run", output=tmp_path / "replayed")
+    agzo_edge.export(tmp_path / "replayed", to="peft", output=tmp_path / "peft")
+    for place in ("run", "replayed", "peft"):
+        writer = agzo_edge.load(adapter=tmp_path / place)
+        assert writer.model.tokenizer.chat_template is not None
+        assert writer.form == "plain"
+    assert agzo_edge.load().form is None
 
 
 def test_an_adapter_finds_the_base_that_its_run_named_from_another_directory(

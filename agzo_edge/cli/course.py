@@ -18,6 +18,7 @@ class Course:
     """The run so far, as far as its events have told."""
 
     planned: "Planned | None" = None
+    prompt: str = ""  # of the data, to try the result with
     doing: str = "reading the data"
     first_step: int = 0
     steps_done: int = 0  # those before a resumed run's start included
@@ -34,7 +35,8 @@ class Course:
         match event:
             case events.Planned():
                 self.planned, self.doing = event, "loading the model"
-            case events.DataReady():
+            case events.DataReady(asking=asking):
+                self.prompt = asking.prompt if asking else ""
                 self.doing = "planning"
             case events.ModelReady(first_step=first_step):
                 self.first_step = self.steps_done = first_step
@@ -58,9 +60,18 @@ class Course:
         return self.planned.config.max_steps if self.planned else 0
 
     @property
-    def loss(self) -> float | None:
-        """The mean training loss of the recent steps."""
-        return sum(timed.record.loss for timed in self.recent) / len(self.recent) if self.recent else None
+    def measure(self) -> str:
+        """What a step's number is."""
+        return "reward" if self.planned and self.planned.config.objective == "reward" else "loss"
+
+    def told(self, loss: float) -> float:
+        """A loss as a person is told it: of a reward the other sign."""
+        return -loss if self.measure == "reward" else loss
+
+    @property
+    def recent_mean(self) -> float | None:
+        """The mean training loss, or reward, of the recent steps."""
+        return self.told(sum(timed.record.loss for timed in self.recent) / len(self.recent)) if self.recent else None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -82,6 +93,6 @@ class Course:
         return (time.monotonic() - self.training_start_s) / done * (self.n_steps - self.steps_done)
 
     @property
-    def held_out_losses(self) -> list[float]:
-        """The held-out loss of every evaluation so far, in order."""
-        return [self.evaluations[step].loss for step in sorted(self.evaluations)]
+    def held_out(self) -> list[float]:
+        """The held-out loss, or reward, of every evaluation so far, in order."""
+        return [self.told(self.evaluations[step].loss) for step in sorted(self.evaluations)]

@@ -17,6 +17,26 @@ from agzo_edge.errors import AgzoError, UsageError
 # newer ones carry their own copy of click.
 _WRONG_USAGE: type[Exception] = typer.BadParameter.__bases__[0]
 
+_HERE = {  # what other trainers call it: what it is here
+    "--lr": "--learning-rate",
+    "--lora-r": "--adapter-rank",
+    "--lora-rank": "--adapter-rank",
+    "--r": "--adapter-rank",
+    "--num-train-epochs": "--max-steps, each of --batch-size examples",
+    "--epochs": "--max-steps, each of --batch-size examples",
+    "--num-epochs": "--max-steps, each of --batch-size examples",
+    "--iters": "--max-steps",
+    "--per-device-train-batch-size": "--batch-size",
+    "--gradient-accumulation-steps": "--micro-batch-size, which divides --batch-size",
+    "--max-length": "--max-seq-length",
+    "--model-name-or-path": "--model",
+    "--dataset": "--data",
+    "--dataset-name": "--data",
+    "--train-file": "--data",
+    "--validation-file": "--eval-data",
+    "--lr-scheduler-type": "--lr-schedule",
+    "--output": "--output-dir",
+}
 ABORTED = 130  # as after Ctrl-C
 
 
@@ -50,6 +70,8 @@ def _usage_error(error: Exception) -> UsageError:
     """typer's complaint in its own words, with where to read on."""
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     context = getattr(error, "ctx", None)
+    if (name := getattr(error, "option_name", None)) in _HERE:
+        message = f"No such option: {name}; here it is {_HERE[name]}"
     command = context.command_path if context is not None else "agzo-edge"
     return UsageError(f"{message}\nsee: {command} --help")
 

@@ -1,7 +1,6 @@
-"""What people see of a run: what is settled before it, where it stands, what came of it."""
+"""What people see of a run: what is settled before it, and where it stands."""
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -9,16 +8,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from agzo_edge.cli.course import RECENT_STEPS, Course
-from agzo_edge.cli.options import as_flags, panel_of
+from agzo_edge.cli.course import Course
 from agzo_edge.cli.screen import curve, duration, fact, metrics_text
-from agzo_edge.config import RunConfig
-from agzo_edge.demo import demo_settings
 from agzo_edge.units import format_bytes
 
 if TYPE_CHECKING:
     from agzo_edge.budget.memory import MemoryPlan
-    from agzo_edge.events import Event, Run
+    from agzo_edge.events import Event
     from agzo_edge.train.data import DataReport, Sample
     from agzo_edge.train.evaluate import Metrics
 
@@ -44,8 +40,8 @@ def plan_summary(plan: "MemoryPlan", machine: str, changes: Sequence[str]) -> li
     return lines + [Text.assemble((f"{'changed':9}", "yellow"), change) for change in changes]
 
 
-def data_line(name: str, report: "DataReport") -> Text:
-    """One source in a line: rows, tokens, and what happened to the overlong ones."""
+def data_line(name: str, report: "DataReport", *, passes: float = 0.0) -> Text:
+    """One source in a line: rows, tokens, what happened to the overlong ones, and how often each is taken."""
     of_file = f" of {report.rows_read:,}, read when needed" if report.streamed else ""
     longest = "longest row" if report.all_checked else "more are checked as they come: rows of up to"
     parts = [
@@ -60,6 +56,8 @@ def data_line(name: str, report: "DataReport") -> Text:
     if report.rows_dropped:
         parts.append(f"{report.rows_dropped:,} of {report.rows_dropped + report.rows_used:,} dropped")
     parts.append(f"{report.padding_share:.0%} padding")
+    if passes:
+        parts.append(f"each taken {passes:,.2g} times" if passes < 10 else f"each taken {passes:,.0f} times")
     return fact(name, ", ".join(parts))
 
 
@@ -92,11 +90,12 @@ def event_lines(event: "Event") -> list[Text]:
     match event:
         case Planned(plan=plan, machine=machine, changes=changes, notes=notes):
             return [*plan_summary(plan, machine, changes), *(fact("note", note, "yellow") for note in notes)]
-        case DataReady(train=train, held_out=held_out, sample=sample):
+        case DataReady(train=train, held_out=held_out, sample=sample, passes=passes):
             scored = [data_line("held out", held_out)] if held_out else []
-            return [data_line("data", train), *sample_lines(sample), *scored]
+            return [data_line("data", train, passes=passes), *sample_lines(sample), *scored]
         case ModelReady():
-            line = f"{event.source}, {event.quantization} on {event.device}, {event.n_layers} layers learn"
+            held = "unquantized" if event.quantization == "none" else event.quantization
+            line = f"{event.source}, {held} on {event.device}, {event.n_layers} layers learn"
             resumed = [fact("resumed", f"after step {event.first_step}")] if event.first_step else []
             return [fact("model", line), *resumed]
         case MuChosen(probe=probe):
@@ -128,7 +127,7 @@ def evaluation_line(step: int, metrics: "Metrics") -> Text:
 
 def step_line(course: Course) -> Text:
     """Where the run stands, in a line."""
-    parts = [f"{course.steps_done}/{course.n_steps}", f"loss {course.loss or 0.0:.4f}"]
+    parts = [f"{course.steps_done}/{course.n_steps}", f"{course.measure} {_recent(course)}"]
     if course.tokens_per_s is not None:
         parts.append(f"{course.tokens_per_s:,.0f} tokens/s")
     parts.append(f"peak {format_bytes(course.peak_bytes)}")
@@ -151,11 +150,9 @@ def live_view(course: Course) -> RenderableType:
         ProgressBar(total=max(course.n_steps, 1), completed=course.steps_done),
         f"{course.steps_done}/{course.n_steps}, {course.doing}, {duration(course.elapsed_s)}{left}",
     )
-    if course.loss is not None:
-        speed = f"{course.tokens_per_s or 0:,.0f} tokens/s"
-        grid.add_row("loss", f"{course.loss:.4f} in the last {min(RECENT_STEPS, len(course.recent))} steps", speed)
+    grid.add_row(course.measure, _recent(course), f"{course.tokens_per_s or 0:,.0f} tokens/s")
     if course.evaluations:
-        grid.add_row("held out", Text(curve(course.held_out_losses), "cyan"), _latest(course))
+        grid.add_row("held out", Text(curve(course.held_out), "cyan"), _latest(course))
     if course.planned and course.peak_bytes:
         limit = course.planned.plan.limit_bytes
         bar = ProgressBar(total=limit, completed=min(course.peak_bytes, limit), complete_style="green")
@@ -163,64 +160,13 @@ def live_view(course: Course) -> RenderableType:
     return grid
 
 
+def _recent(course: Course) -> str:
+    """What the recent steps' losses were, or their rewards."""
+    mean, n = course.recent_mean or 0.0, len(course.recent)
+    return f"{mean:.4f} in the last {n} steps" if n > 1 else f"{mean:.4f}"
+
+
 def _latest(course: Course) -> str:
     step, metrics = max(course.evaluations.items())
     accuracy = "" if metrics.accuracy is None else f", accuracy {metrics.accuracy:.1%}"
-    return f"loss {metrics.loss:.4f}{accuracy} after step {step}"
-
-
-def before_after(before: "Metrics", after: "Metrics", losses: Sequence[float]) -> list[Text]:
-    """The held-out metrics from before to after, with the losses' curve in between."""
-    change = f"{after.loss / before.loss - 1:+.0%}" if before.loss > 0 else ""
-    style = "bold green" if after.loss < before.loss else "bold yellow"
-    loss = Text.assemble(
-        f"{before.loss:.4f} ", (curve(losses), "cyan"), " ", (f"{after.loss:.4f}", style), f"  {change}"
-    )
-    lines = [_result("held-out loss", loss)]
-    if before.accuracy is not None and after.accuracy is not None:
-        lines.append(_result("accuracy", f"{before.accuracy:.1%} -> {after.accuracy:.1%}"))
-    return lines
-
-
-def cost_lines(run: "Run") -> list[Text]:
-    """What the run took, predicted and measured."""
-    report = run.report
-    lines = []
-    measured, predicted, limit = (
-        report.get(name) for name in ("measured_peak_bytes", "predicted_peak_bytes", "limit_bytes")
-    )
-    if measured and predicted:
-        share = f"{measured / predicted:.0%} of the {format_bytes(predicted)} predicted"
-        allowed = f", {format_bytes(limit)} allowed" if limit else ""
-        lines.append(_result("memory", f"{format_bytes(measured)} at the peak, {share}{allowed}"))
-        lines += [_result("", Text(_parts_text(report["memory"]), "dim"))] if report.get("memory") else []
-    if report.get("tokens_per_s"):
-        pace = f"{report['steps']:,} steps, {report['tokens_per_s']:,.0f} tokens/s"
-        lines.append(_result("time", f"{duration(report['wall_s'])} for {pace}"))
-    return [*lines, _result("adapter", str(run.adapter))]
-
-
-def _parts_text(parts: Mapping[str, Mapping[str, int]]) -> str:
-    """Each part of the memory as measured, and in brackets as predicted."""
-    amounts = (
-        f"{name} {format_bytes(part['measured_bytes'])} ({format_bytes(part['predicted_bytes'])})"
-        for name, part in parts.items()
-    )
-    return ", ".join(amounts)
-
-
-def _result(name: str, text: str | Text) -> Text:
-    return Text.assemble((f"{name:15}", "bold"), text)
-
-
-def generate_command(config: RunConfig, adapter: str, prompt: str) -> str:
-    """The line that writes text with what this run has learned; a shell reads it as it stands."""
-    differing = {
-        name: getattr(config, name)
-        for name, field in RunConfig.model_fields.items()
-        if panel_of(name) == "Model" and name != "adapter" and getattr(config, name) != field.default
-    }
-    if config.model == demo_settings()["model"]:
-        del differing["model"]  # what no --model means
-    words = ["agzo-edge", "generate", *as_flags(differing), "--adapter", adapter, "--prompt", prompt]
-    return shlex.join(words)
+    return f"{course.measure} {course.told(metrics.loss):.4f}{accuracy} after step {step}"

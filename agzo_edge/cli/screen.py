@@ -1,5 +1,6 @@
 """What people see of plans, profiles, metrics and reports: tables and lines. Nothing here prints."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_POINTS = 40
+LEAST_CHANGE = 1e-3  # of a curve's largest value; what varies less is drawn as a line
 _ON_DISK = {"disk": "the disk", "cache": "the cache folder's disk"}  # of a plan's places
 COLUMNS_WITH_FORMULAS = 72  # below it every formula would fold into a dozen lines
 
@@ -28,7 +30,8 @@ def curve(values: Sequence[float]) -> str:
     if not values:
         return ""
     low, spread = min(values), max(values) - min(values)
-    return "".join(BLOCKS[round((v - low) / spread * (len(BLOCKS) - 1)) if spread > 0 else 0] for v in values)
+    spread = spread if spread > LEAST_CHANGE * max(map(abs, values)) else math.inf  # rounding is no change
+    return "".join(BLOCKS[round((v - low) / spread * (len(BLOCKS) - 1))] for v in values)
 
 
 def duration(seconds: float) -> str:
@@ -98,7 +101,7 @@ def verdict(plan: "MemoryPlan") -> Text:
 
 def metrics_text(metrics: "Metrics") -> str:
     """The result of an evaluation on one line."""
-    parts = [f"loss {metrics.loss:.4f}"]
+    parts = [f"loss {metrics.loss:.4f}"] if metrics.reward is None else []  # which is the loss, but for its sign
     parts += [] if metrics.accuracy is None else [f"accuracy {metrics.accuracy:.1%}"]
     parts += [] if metrics.macro_f1 is None else [f"macro-F1 {metrics.macro_f1:.3f}"]
     parts += [] if metrics.reward is None else [f"reward {metrics.reward:.4f}"]
@@ -151,22 +154,18 @@ def profiles_table(profiles: Sequence["Profile"]) -> Table:
 
 
 def report_lines(report: Mapping[str, Any]) -> list[RenderableType]:
-    """A run's report: its numbers, the held-out losses as a curve, and the samples."""
+    """A run's report: its numbers, the held-out losses, or rewards, as a curve, and the samples."""
     tables = {"evaluations", "samples"}
     told = {name: value for name, value in report.items() if name not in tables and value is not None}
     parts: list[RenderableType] = [*facts_lines(told)]
     evaluations = report.get("evaluations") or {}
-    told_losses = (evaluations[step]["loss"] for step in sorted(evaluations, key=int))
-    losses = [loss for loss in told_losses if loss is not None]  # null: it was not finite
-    if losses:
-        parts.append(
-            Text.assemble(
-                ("held-out loss  ", "bold"),
-                f"{losses[0]:.4f} ",
-                (curve(losses), "cyan"),
-                f" {losses[-1]:.4f}",
-            )
-        )
+    measure = "reward" if any(found.get("reward") is not None for found in evaluations.values()) else "loss"
+    found = (evaluations[step][measure] for step in sorted(evaluations, key=int))
+    values = [value for value in found if value is not None]  # null: it was not finite
+    if values:
+        line = (curve(values), "cyan")
+        name = (f"held-out {measure}  ", "bold")
+        parts.append(Text.assemble(name, f"{values[0]:.4f} ", line, f" {values[-1]:.4f}"))
     return [*parts, samples_table(report["samples"])] if report.get("samples") else parts
 
 

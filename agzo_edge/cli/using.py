@@ -20,8 +20,14 @@ def generate(
     adapter: Adapter = None,
     system: System = None,
     ignore_chat_template: Annotated[
-        bool, typer.Option("--ignore-chat-template", help="Go on from the prompt as it stands, of a chat model too.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--ignore-chat-template/--chat-template",
+            help="Go on from the prompt as it stands, or answer it by the chat template; if neither is given as the "
+            "adapter's rows were.",
+            show_default=False,
+        ),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer without and with the adapter.")] = False,
     as_json: AsJson = False,
     **settings: object,

@@ -11,15 +11,8 @@ from rich.text import Text
 from agzo_edge.cli.as_json import event_object
 from agzo_edge.cli.consoles import print_lines, write_json
 from agzo_edge.cli.course import Course
-from agzo_edge.cli.run_view import (
-    before_after,
-    cost_lines,
-    evaluation_line,
-    event_lines,
-    generate_command,
-    live_view,
-    step_line,
-)
+from agzo_edge.cli.ending_view import before_after, best_adapter, cost_lines, ending_lines, generate_command
+from agzo_edge.cli.run_view import evaluation_line, event_lines, live_view, step_line
 from agzo_edge.cli.screen import samples_table
 
 if TYPE_CHECKING:
@@ -27,6 +20,7 @@ if TYPE_CHECKING:
 
 PLAIN_STEP_LINES = 20  # in a whole run
 REDRAWS_PER_S = 4
+PROMPT_CHARACTERS = 200  # of one that a person may want to copy
 DEFAULT_PROMPT = "Tell me about yourself."
 
 
@@ -87,17 +81,21 @@ def print_result(console: Console, course: Course, run: "Run") -> None:
     samples = run.report.get("samples") or []
     console.print()
     told = run.report.get("evaluations") or {}  # a resumed run's earlier ones too
-    losses = [told[step]["loss"] for step in sorted(told, key=int)] or course.held_out_losses
+    seen = (course.evaluations[step].loss for step in sorted(course.evaluations))
+    losses = [told[step]["loss"] for step in sorted(told, key=int)] or [*seen]
     if run.before is not None and run.after is not None and len(losses) > 1:
-        print_lines(console, before_after(run.before, run.after, losses))
+        print_lines(console, before_after(run.before, run.after, course, losses))
     elif run.after is not None:
         print_lines(console, [evaluation_line(int(run.report["steps"]), run.after)])
+    print_lines(console, ending_lines(run, course.planned.config))
     print_lines(console, cost_lines(run))
     console.print()
     if samples:
         console.print(samples_table(samples))
         console.print()
-    prompt = samples[0]["prompt"] if samples else DEFAULT_PROMPT
-    command = generate_command(course.planned.config, str(run.adapter), prompt)
+    prompt = samples[0]["prompt"] if samples else course.prompt
+    if not prompt or len(prompt) > PROMPT_CHARACTERS:
+        prompt = DEFAULT_PROMPT
+    command = generate_command(course.planned.config, str(best_adapter(run) or run.adapter), prompt)
     console.print("try it", style="bold")
     console.print(command, soft_wrap=True)  # one line, to be copied whole

@@ -83,8 +83,7 @@ def load_adapter(directory: Path) -> Mapping[str, LowRankPair]:
     embeddings, whole modules), for pickled weights, and for tensors that disagree or are not finite.
     """
     config, weights = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    if not config.is_file():
-        raise AdapterError(f"{directory}: no {CONFIG_NAME}: no adapter, or its writing was cut short")
+    _require_config(directory)
     if not weights.is_file():
         pickled = (directory / "adapter_model.bin").exists()
         hint = ": only safetensors is read, adapter_model.bin can run code" if pickled else ""
@@ -97,11 +96,18 @@ def load_adapter(directory: Path) -> Mapping[str, LowRankPair]:
     return pairs
 
 
+def _require_config(directory: Path) -> None:
+    """Raise AdapterError for a directory that holds no adapter."""
+    if not directory.exists():
+        raise AdapterError(f"{directory}: no such directory")
+    if not (directory / CONFIG_NAME).is_file():
+        raise AdapterError(f"{directory}: no {CONFIG_NAME}: no adapter, or its writing was cut short")
+
+
 def base_model_of(directory: Path) -> str | None:
     """The base model that the adapter in `directory` names, if any. Raises AdapterError for no adapter."""
     path = directory / CONFIG_NAME
-    if not path.is_file():
-        raise AdapterError(f"{directory}: no {CONFIG_NAME}: no adapter, or its writing was cut short")
+    _require_config(directory)
     try:
         name = strict_object(path.read_bytes()).get("base_model_name_or_path")
     except ValueError as error:

@@ -23,14 +23,19 @@ _GUIDE = (
     "Once in a window of steps it also used the error at the model's head (back-propagation through the head and the "
     "last norm only) to choose the direction of each layer's noise."
 )
+_PROMPTS = {
+    "chat": "by the chat template",
+    "headings": "under Alpaca's headings: `### Instruction:`, a line break, the prompt, a blank line, `### Response:`",
+    "plain": "as they stand, without a chat template",
+}
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
     """The text of README.md for an adapter. A fact that is missing or None leaves its line out.
 
-    Facts: base_model, quantization, data_file, data_sha256, n_rows, eval_file, n_eval_rows; settings (a
-    mapping); steps, n_tokens, loss_before, loss_after, accuracy_before, accuracy_after, wall_s, peak_bytes,
-    limit_bytes, device, seed, version. Of a path only the last name is told: a card is made to be shared.
+    Facts: base_model, quantization, data_file, data_sha256, prompt_form, n_rows, eval_file, n_eval_rows; settings (a
+    mapping); steps, n_tokens, and loss, reward and accuracy with _before and _after; wall_s, peak_bytes, limit_bytes,
+    device, seed, version. Of a path only the last name is told: a card is made to be shared.
     """
     known = {name: value for name, value in facts.items() if value is not None}
     sections = [
@@ -69,6 +74,7 @@ def _data_lines(known: Mapping[str, Any]) -> dict[str, str]:
             "data_file": ("Data", lambda value: _code(_last_part(value))),
             "data_sha256": ("SHA-256 of the data", _code),
             "n_rows": ("Rows", _count),
+            "prompt_form": ("Prompts", _PROMPTS.__getitem__),
             "eval_file": ("Held-out data", lambda value: _code(_last_part(value))),
             "n_eval_rows": ("Held-out rows", _count),
         },
@@ -81,6 +87,8 @@ def _result_lines(known: Mapping[str, Any]) -> dict[str, str]:
         {
             "loss_before": ("Held-out loss before", "{:.4f}".format),
             "loss_after": ("Held-out loss after", "{:.4f}".format),
+            "reward_before": ("Held-out reward before", "{:.4f}".format),
+            "reward_after": ("Held-out reward after", "{:.4f}".format),
             "accuracy_before": ("Accuracy before", "{:.1%}".format),
             "accuracy_after": ("Accuracy after", "{:.1%}".format),
             "steps": ("Steps", _count),

@@ -1,26 +1,36 @@
 """Text from a model with its adapter."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jinja2
 import torch
-from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from agzo_edge.config import Sampling, sampling_from
+from agzo_edge.data_config import PromptForm
 from agzo_edge.errors import ModelError
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.writing import stop_ids
 from agzo_edge.train.data import pad_id_of
+from agzo_edge.train.template import under_headings
 
 Message = Mapping[str, str]
 
+_HALF_A_CHARACTER = "\ufffd"  # what a tokenizer makes of bytes whose others are yet to come
+
 
 class TextModel:
-    """A quantized model with its adapter, ready to write."""
+    """A quantized model with its adapter, ready to write.
 
-    def __init__(self, model: EdgeModel) -> None:
+    A prompt that is a text is put in the `form` in which the adapter's rows were; without one by the tokenizer's chat
+    template, where it has one.
+    """
+
+    def __init__(self, model: EdgeModel, *, form: PromptForm | None = None) -> None:
         self.model = model
+        self.form = form
 
     def generate(
         self,
@@ -28,19 +38,23 @@ class TextModel:
         *,
         sampling: Sampling | None = None,
         with_adapter: bool = True,  # False: the model as it was
-        ignore_chat_template: bool = False,  # go on from the prompt as it stands
+        ignore_chat_template: bool | None = None,  # True: go on from a text as it stands; False: take the template
         on_text: Callable[[str], object] | None = None,  # called with the text piece by piece while it is written
         **settings: Any,
     ) -> str:
         """The text that follows `prompt`: plain text, or a conversation for the tokenizer's chat template.
 
-        A model with a chat template answers a plain prompt as a user's message. `settings` are fields of Sampling,
-        such as max_new_tokens=64, and win over `sampling`. Raises ModelError for a conversation that is empty, without
-        a template, or refused by it, for text that is none, and for a prompt longer than the model's positions;
-        ConfigError for a setting that is none or out of its range.
+        What goes on from a plain text begins with the blank that it needs, if any; answers are stripped. `settings` are
+        fields of Sampling, such as max_new_tokens=64, and win over `sampling`.
+
+        Raises ModelError for a conversation that is empty, without a template, or refused by it, for text that is none,
+        and for a prompt longer than the model's positions; ConfigError for a setting that is none or out of its range.
         """
         sampling = sampling_from((sampling or Sampling()).model_dump() | settings)
-        ids = self._prompt_ids(prompt, plain=ignore_chat_template or self.model.tokenizer.chat_template is None)
+        _require_text(prompt)
+        form = self._form_of(prompt, ignore_chat_template)
+        ids = self._prompt_ids(prompt, form)
+        text_of = _Continuation(self.model.tokenizer, ids[0].tolist(), keeps_blanks=form == "plain")
         sampling = self._within_positions(ids.shape[1], sampling)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         mask = torch.ones_like(ids)
@@ -50,22 +64,31 @@ class TextModel:
             output = self.model.network.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                streamer=None if on_text is None else _Streamer(self.model.tokenizer, on_text),
+                streamer=on_text and _Streamer(text_of, on_text),
                 **self._settings(sampling),
             )
-        text: str = self.model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        return text.strip()
+        text = text_of(output[0].tolist())
+        return text if form == "plain" else text.rstrip()
 
-    def _prompt_ids(self, prompt: str | Sequence[Message], *, plain: bool) -> torch.Tensor:  # (1, tokens)
-        _require_text(prompt)
-        if not plain:
-            ids = self._conversation_ids([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-        elif isinstance(prompt, str):
-            ids = self.model.tokenizer(prompt, return_tensors="pt").input_ids
-        else:
+    def _form_of(self, prompt: str | Sequence[Message], ignore_chat_template: bool | None) -> PromptForm:
+        """How a prompt is put. Raises ModelError for a conversation that nothing can lay out."""
+        has_template = self.model.tokenizer.chat_template is not None
+        if isinstance(prompt, str):
+            asked: PromptForm = "plain" if ignore_chat_template else "chat"
+            form = self.form or "chat" if ignore_chat_template is None else asked
+            return form if has_template or form != "chat" else "plain"
+        if not has_template or ignore_chat_template:
             raise ModelError(
                 f"{self.model.source}: without a chat template there is no conversation: give a plain prompt"
             )
+        return "chat"
+
+    def _prompt_ids(self, prompt: str | Sequence[Message], form: PromptForm) -> torch.Tensor:  # (1, tokens)
+        if form == "chat":
+            ids = self._conversation_ids([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        else:
+            text = under_headings(str(prompt)) if form == "headings" else prompt
+            ids = self.model.tokenizer(text, return_tensors="pt").input_ids
         if ids.shape[1] == 0:
             raise ModelError("the prompt is empty, and the tokenizer adds nothing to it: write at least a word")
         if (highest := int(ids.max())) >= (n_words := self.model.vocab_size):
@@ -121,16 +144,42 @@ def _require_text(prompt: str | Sequence[Message]) -> None:
         raise ModelError("the prompt is no text: it holds half a surrogate pair, or bytes that are no UTF-8") from None
 
 
-class _Streamer(TextStreamer):
-    """Tells the answer's text word by word."""
+class _Continuation:
+    """The text of the tokens that come after a prompt's."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], object]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], *, keeps_blanks: bool) -> None:
+        self.decoded = partial(tokenizer.decode, skip_special_tokens=True)
+        self.n_prompt = len(prompt_ids)
+        self.prompt = self.decoded(prompt_ids) if keeps_blanks else None
+
+    def __call__(self, ids: Sequence[int]) -> str:  # the prompt's first
+        """What they add to the prompt; decoded with it, since many tokenizers drop the blank of a text's first word."""
+        if self.prompt is not None and (whole := str(self.decoded(ids))).startswith(self.prompt):
+            return whole[len(self.prompt) :]
+        return str(self.decoded(ids[self.n_prompt :])).lstrip()
+
+
+class _Streamer(BaseStreamer):
+    """Tells a text while it is written, each character once it is whole."""
+
+    def __init__(self, text_of: _Continuation, on_text: Callable[[str], object]) -> None:
+        self.text_of = text_of
         self.on_text = on_text
-        self.has_begun = False
+        self.ids: list[int] = []
+        self.n_told = 0
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002  # the base's word
-        text = text if self.has_begun else text.lstrip()  # as the whole answer is given
-        self.has_begun = self.has_begun or bool(text)
-        if text:
-            self.on_text(text)
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt's tokens, and then each that is written."""
+        is_prompt = not self.ids
+        self.ids += value.flatten().tolist()
+        if not is_prompt:
+            self._tell(self.text_of(self.ids).rstrip(_HALF_A_CHARACTER))
+
+    def end(self) -> None:
+        """Tell what is left."""
+        self._tell(self.text_of(self.ids))
+
+    def _tell(self, text: str) -> None:
+        if len(text) > self.n_told:
+            self.on_text(text[self.n_told :])
+            self.n_told = len(text)

@@ -40,7 +40,8 @@ def conversation_row(
     """A conversation, every assistant turn a label. Raises DataError when the template refuses it."""
     messages = _without_nulls(messages)
     with _refusals():
-        if _GENERATION_MARK.search(tokenizer.get_chat_template(tools=tools)):
+        is_marked = _GENERATION_MARK.search(tokenizer.get_chat_template(tools=tools))
+        if is_marked and all(message.get("weight") != 0 for message in messages):
             _require_written(messages, _text(messages, tokenizer, tools))
             return _marked_row(messages, tokenizer, tools)
         layout = _Layout(messages, tokenizer, tools)
@@ -139,7 +140,8 @@ class _Layout:
 
     def row(self) -> TokenRow:
         """The conversation's tokens, every assistant turn a label."""
-        turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        turns = [turn for turn in answers if self.messages[turn].get("weight") != 0]
         edges = [edge for turn in turns for edge in self._turn_span(turn)]
         # A template writes its own BOS, so none is added; special tokens in the text are recognised all the same.
         texts = [self.text, *(self.text[:edge] for edge in edges)]

@@ -18,6 +18,7 @@ from agzo_edge.config import RunConfig
 from agzo_edge.data_config import Objective
 from agzo_edge.model.device import sent
 from agzo_edge.train.length import longest_tokens
+from agzo_edge.train.template import Asking
 from agzo_edge.train.tokens import TokenRow
 
 Sample = tuple[tuple[str, bool], ...]  # stretches of text, and whether each is learned
@@ -69,6 +70,7 @@ class ExampleSet:
     report: DataReport
     sha256: str  # of token ids, labels and answers: equal where the same is learned; of a large file its bytes
     sample: Sample = ()  # the first example, for a person to check
+    asking: Asking | None = None  # how prompts are put to the model, for whoever asks it afterwards
     largest: Sequence[Example] = ()  # those that take most of a pass, where not all are at hand
     line_bytes: NDArray[np.int32] | None = None  # (examples,), where their tokens are not known
     held_back: Sequence[Example] = ()  # from training, to see harm by: train/undo.py

@@ -47,7 +47,8 @@ def load_examples(
         tally.add(row.place, made)
         if made.example is not None:
             examples.append(made.example)
-    if fault := tally.complaint(limit, room_tokens=facts.room_for(config) if facts else None):
+    room = facts.room_for(config) if facts else None
+    if fault := tally.complaint(config.max_seq_length, overlong=config.overlong, room_tokens=room):
         raise DataError(f"{source}: {fault}")
     away = set(held_back(examples, config) if split == "train" else ())
     kept = [example for place, example in enumerate(examples) if place not in away]
@@ -55,7 +56,8 @@ def load_examples(
     report = tally.report(maker.format, padding=_padding(kept, config, split=split))
     n_labels = report.label_tokens - sum(example.label_tokens for example in watched)
     report = replace(report, rows_held_back=len(watched), label_tokens=n_labels)
-    return ExampleSet(kept, report, _sha256(examples), sample_of(examples[0], tokenizer), held_back=watched)
+    sample = sample_of(examples[0], tokenizer)
+    return ExampleSet(kept, report, _sha256(examples), sample, maker.asking, held_back=watched)
 
 
 def _padding(examples: Sequence[Example], config: RunConfig, *, split: Split) -> float:

@@ -22,6 +22,7 @@ from agzo_edge.train.rows import RawRow, type_name
 from agzo_edge.train.turns import (
     as_messages,
     conversation_faults,
+    in_one_text,
     string_faults,
     tools_faults,
     turns_faults,
@@ -30,6 +31,13 @@ from agzo_edge.train.turns import (
 
 Format = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text", "choice", "preference", "prompt"]
 
+_TEMPLATES: Mapping[Objective, str] = {
+    "lm": "--prompt-template and --completion-template",
+    "choice": "--prompt-template, --options, --answer-field and --labels",
+    "preference": "--prompt-template",
+    "reward": "--prompt-template",
+}
+_MAY_BE_MESSAGES = ("messages", "prompt", "completion", "chosen", "rejected")
 _SHOWN_FIELDS, _SHOWN_CHARACTERS = 12, 40  # of a row without a format, which may be no table at all
 
 _FIELDS: Mapping[Objective, Mapping[Format, tuple[str, ...]]] = {
@@ -81,9 +89,10 @@ def _normal(fields: Mapping[str, Any], row_format: Format) -> dict[str, Any]:
     """The fields as the rest of the program reads them."""
     if row_format == "sharegpt":
         return {**fields, "messages": as_messages(fields["conversations"], system=fields.get("system"))}
+    texts = {name: in_one_text(fields[name]) for name in _MAY_BE_MESSAGES if name in fields}
     if row_format == "preference" and _holds_prompt(fields):
-        return {**fields, **with_prompt(fields["chosen"], fields["rejected"])}
-    return dict(fields)
+        return {**fields, **with_prompt(texts["chosen"], texts["rejected"])}
+    return {**fields, **texts}
 
 
 def _holds_prompt(fields: Mapping[str, Any]) -> bool:
@@ -97,7 +106,9 @@ def _no_format(fields: Mapping[str, Any], objective: Objective) -> str:
     found = ", ".join(repr(name)[:_SHOWN_CHARACTERS] for name in list(fields)[:_SHOWN_FIELDS]) or "(none)"
     fault = f"fields {found}: a row for objective {objective} needs {choices}"
     others = [other for other in _FIELDS if other != objective and format_of(fields, other)]
-    return fault + (f" (this one is for --objective {others[0]})" if others else "")  # a reward's are in most rows
+    if others and not (others == ["reward"] and len(fields) > 1):  # a reward's are in most rows
+        return f"{fault} (this one is for --objective {others[0]})"
+    return fault + "; rows of other fields are laid out by " + _TEMPLATES[objective]
 
 
 def _lacking(fields: Mapping[str, Any], objective: Objective, first: SoundRow) -> str:
@@ -123,6 +134,8 @@ def row_faults(row: SoundRow) -> list[str]:
     if row.format == "prompt-completion" and isinstance(fields["prompt"], list):
         return _exchange_faults(fields["prompt"], fields["completion"]) + tools_faults(fields)
     faults = [fault for name in _FIELDS["lm"][row.format] for fault in string_faults(name, fields[name])]
+    if row.format == "prompt-completion" and fields.get("label") is False:
+        faults.append("label is false: this completion would be learned as a good one; leave such rows out")
     if row.format == "alpaca" and has_input(fields):
         faults += string_faults("input", fields["input"])
     return faults

@@ -25,13 +25,13 @@ def fitted_rows(
     """
     longest = longest_tokens(rows)
     if longest > limit and overlong == "error":
-        raise DataError(f"{longest:,} tokens; the limit is {limit:,}")
+        raise DataError(f"more than {limit:,} tokens")
     if overlong == "drop" and (longest > limit or not all_learn(rows)):
         return ()
     if longest > limit:
         rows = (_without_end(rows[0], limit),) if len(rows) == 1 else _without_start(rows, limit, bos_id)
         if not all_learn(rows):
-            raise DataError(f"no label token: of {longest:,} tokens none of the first {limit:,} is one to learn")
+            raise DataError(f"more than {limit:,} tokens, and none of the first {limit:,} is one to learn")
     if not all_learn(rows):
         raise DataError("no label token: nothing would be learned from this row")
     return rows
@@ -45,7 +45,7 @@ def fitted_prompt(row: TokenRow, *, limit: int, overlong: Overlong) -> tuple[Tok
     if len(row.input_ids) <= limit:
         return (row,)
     if overlong == "error":
-        raise DataError(f"{len(row.input_ids):,} tokens; the limit is {limit:,}")
+        raise DataError(f"more than {limit:,} tokens")
     return (TokenRow(row.input_ids[-limit:], row.is_label[-limit:]),) if overlong == "truncate" else ()
 
 

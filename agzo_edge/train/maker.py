@@ -12,7 +12,7 @@ from agzo_edge.train.length import fitted_prompt, fitted_rows, longest_tokens
 from agzo_edge.train.mapping import mapped_row
 from agzo_edge.train.rows import BrokenRow, RawRow
 from agzo_edge.train.tally import Made
-from agzo_edge.train.template import needs_chat_template, token_rows
+from agzo_edge.train.template import Asking, asking_of, needs_chat_template, token_rows
 from agzo_edge.train.tokens import TokenRow, label_runs
 
 
@@ -32,6 +32,11 @@ class ExampleMaker:
     def format(self) -> str:
         """The format of the source's rows, once one was sound."""
         return self._first.format if self._first else ""
+
+    @property
+    def asking(self) -> Asking | None:
+        """How the source's rows ask the model, once one was sound."""
+        return asking_of(self._first, self.tokenizer) if self._first else None
 
     def made(self, row: RawRow | BrokenRow) -> Made:
         """The example of a row. Raises DataError for what would be wrong with every row."""
@@ -80,5 +85,16 @@ class ExampleMaker:
 
 
 def sample_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> Sample:
-    """An example's row, the right one of its options, as text: stretches, and whether each is learned."""
-    return tuple((str(tokenizer.decode(ids)), learned) for ids, learned in label_runs(example.rows[example.answer]))
+    """An example's row, the right one of its options, as text: stretches, and whether each is learned.
+
+    Each is what it adds to those before it: by itself a stretch would lose the blank that it begins with.
+    """
+    stretches: list[tuple[str, bool]] = []
+    ids: list[int] = []
+    before = ""
+    for some, learned in label_runs(example.rows[example.answer]):
+        ids += some.tolist()
+        text = str(tokenizer.decode(ids))
+        stretches.append((text[len(before) :], learned))
+        before = text
+    return tuple(stretches)

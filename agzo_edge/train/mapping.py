@@ -14,6 +14,7 @@ from agzo_edge.errors import DataError
 from agzo_edge.templates import filled, spelled
 from agzo_edge.train.rows import BrokenRow, RawRow
 
+ANSWER = "answer"  # the field of it, where no setting names one
 _CONVERSATIONS = ("messages", "conversations")  # a template's prompt stands in their place
 
 
@@ -23,7 +24,11 @@ def mapped_row(row: RawRow, config: DataConfig) -> RawRow | BrokenRow:
         made = _made_fields(row.fields, config)
     except KeyError as missing:
         found = ", ".join(map(repr, row.fields)) or "(none)"
-        return BrokenRow(row.place, f"{missing} is missing or null, and the settings name it; the row has {found}")
+        name = missing.args[0]
+        how = (
+            "--answer-field names another" if name == ANSWER and config.answer_field is None else "the settings name it"
+        )
+        return BrokenRow(row.place, f"{name!r} is missing or null ({how}); the row has {found}")
     except DataError as error:
         return BrokenRow(row.place, str(error))
     if not made:
@@ -39,7 +44,7 @@ def _made_fields(fields: Mapping[str, Any], config: DataConfig) -> dict[str, Any
     if config.options is not None:
         made["options"] = [filled(option, fields) for option in config.options]
     if config.answer_field is not None or config.labels is not None:
-        field = config.answer_field or "answer"
+        field = config.answer_field or ANSWER
         if fields.get(field) is None:
             raise KeyError(field)
         made["answer"] = _answer(fields[field], config.labels)

@@ -144,7 +144,10 @@ def _plain_text(path: Path) -> Iterator[Document]:
 
 
 def _csv(path: Path) -> Iterator[RawRow | BrokenRow]:
-    return _table_rows(path, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+    with _text(path, newline="") as lines:
+        names = lines.readline(MAX_ROW_BYTES)
+    # Where a comma is in the numbers, spreadsheets put semicolons between the cells.
+    return _table_rows(path, delimiter=";" if ";" in names and "," not in names else ",", quoting=csv.QUOTE_MINIMAL)
 
 
 def _tsv(path: Path) -> Iterator[RawRow | BrokenRow]:

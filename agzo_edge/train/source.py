@@ -1,5 +1,6 @@
 """Where rows come from: a file, a directory with a file for each split or of notes, or a data set of the hub."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,14 +22,30 @@ def read_rows(source: str, *, split: Split) -> Iterator[RawRow | BrokenRow | Doc
 
     Raises DataError when the source does not exist or cannot be read.
     """
+    require_place(source)
     path = Path(source)
     if path.exists():
         for file in source_files(path, split=split):
             yield from file_rows(file)
-    elif file_kind(path) in FILE_KINDS or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DataError(f"{source}: no such file or directory")
     else:
         yield from _hub_rows(source, split)
+
+
+def require_place(source: str) -> None:
+    """Raise DataError for what names a file or directory, and there is none; a name of the hub may be anything."""
+    path = Path(source)
+    is_path = file_kind(path) in FILE_KINDS or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if is_path and not path.exists():
+        raise DataError(f"{source}: no such file or directory")
+
+
+def unused_validation(source: str) -> Path | None:
+    """The held-out rows that lie beside a directory's training rows, for whoever has not named them."""
+    path = Path(source)
+    files = _data_files(path.iterdir()) if path.is_dir() else []
+    if not any(_is_of(file, _FILE_NAMES["train"]) for file in files):
+        return None
+    return next((file for file in files if _is_of(file, _FILE_NAMES["validation"])), None)
 
 
 def large_file(source: str, *, split: Split, at_least: int) -> Path | None:
@@ -41,7 +58,10 @@ def large_file(source: str, *, split: Split, at_least: int) -> Path | None:
 
 
 def source_files(path: Path, *, split: Split) -> list[Path]:
-    """The files to read: the path itself, a directory's file for `split`, or all notes of a directory of notes."""
+    """The files to read: the path itself, a directory's file for `split`, or all notes of a directory of notes.
+
+    A file may be in numbered parts, and those of a data set from the hub in the folder `data`.
+    """
     if not path.is_dir():
         return [path]
     try:
@@ -50,9 +70,11 @@ def source_files(path: Path, *, split: Split) -> list[Path]:
             notes = [file for file in _data_files(path.rglob("*")) if not _is_hidden(file.relative_to(path))]
             if notes and all(file_kind(note) in PLAIN_KINDS for note in notes):
                 return notes
+        if (inner := path / "data").is_dir() and not _has_splits(files):
+            files = _data_files(inner.iterdir()) or files
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    return [_split_file(path, files, split)]
+    return _split_files(path, files, split)
 
 
 def _data_files(paths: Iterator[Path]) -> list[Path]:
@@ -71,26 +93,37 @@ def _has_splits(files: Sequence[Path]) -> bool:
     return len(of_split) == len(files) > 0 or any(file_kind(file) != ".md" for file in of_split)
 
 
-def _split_file(directory: Path, files: Sequence[Path], split: Split) -> Path:
-    """The one file of a directory that holds `split`: train.jsonl, valid.csv.gz, ..."""
+def _split_files(directory: Path, files: Sequence[Path], split: Split) -> list[Path]:
+    """The file of a directory that holds `split`, or its parts: train.jsonl, train-00000-of-00002.parquet, ..."""
     names = _FILE_NAMES[split]
     found = [file for file in files if _is_of(file, names)]
     if split == "test" and not found:  # held out as well
         names = (*names, *_FILE_NAMES["validation"])
         found = [file for file in files if _is_of(file, names)]
+    if split == "train" and not found and _are_parts(files):
+        return list(files)
     wanted = " or ".join(f"{name}.*" for name in names)
     if not found:
-        there = ", ".join(path.name for path in files[:5]) or "no data file"
+        tables = [file for file in files if file_kind(file) not in PLAIN_KINDS]  # or it would be a folder of notes
+        there = ", ".join(path.name for path in (tables or files)[:5]) or "no data file"
         raise DataError(f"{directory}: no {wanted} in it ({there}): rename the file, or name it itself")
-    if len(found) > 1:
+    if len(found) > 1 and not _are_parts(found):
         both = f"{found[0].name} and {found[1].name}"
         raise DataError(f"{directory}: {both} both match {wanted}: name one of them")
-    return found[0]
+    return found
+
+
+def _are_parts(files: Sequence[Path]) -> bool:
+    """Whether the files are named alike but for a number, and are tables."""
+    are_tables = all(file_kind(file) not in PLAIN_KINDS for file in files)
+    is_numbered = any(re.search(r"\d", file.name) for file in files)
+    return are_tables and is_numbered and len({re.sub(r"\d+", "0", file.name) for file in files}) == 1
 
 
 def _is_of(file: Path, names: Sequence[str]) -> bool:
-    """Whether a file is named as one of the splits."""
-    return file.name.split(".")[0].lower() in names
+    """Whether a file is named as one of the splits, or as a part of it."""
+    stem = file.name.split(".")[0].lower()
+    return re.sub(r"-\d+-of-\d+$", "", stem) in names
 
 
 def _hub_rows(name: str, split: Split) -> Iterator[RawRow]:

@@ -76,7 +76,8 @@ def streamed_examples(
         if line not in tokens:  # a dropped line may have brought it up before
             tally.add(index.place(line), made)
             tokens[line] = longest_tokens(made.example.rows) if made.example else 0
-    if fault := tally.complaint(config.max_seq_length, room_tokens=facts.room_for(config) if facts else None):
+    room = facts.room_for(config) if facts else None
+    if fault := tally.complaint(config.max_seq_length, overlong=config.overlong, room_tokens=room):
         raise DataError(f"{path}: {fault}")
     padding = _padding(tokens, index, config)
     report = tally.report(examples.maker.format, padding=padding, lines_in_file=len(index))
@@ -85,7 +86,8 @@ def streamed_examples(
         report = replace(report, longest_tokens=config.max_seq_length, all_checked=False)
         largest = tuple(_stretched(example, config.max_seq_length) for example in largest)
     sample = sample_of(examples[0], tokenizer)
-    return ExampleSet(examples, report, index.sha256, sample, largest=largest, line_bytes=index.sizes)
+    asking = examples.maker.asking
+    return ExampleSet(examples, report, index.sha256, sample, asking, largest=largest, line_bytes=index.sizes)
 
 
 def _used_lines(index: RowIndex, config: RunConfig) -> Iterator[int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from agzo_edge.errors import numbered
 from agzo_edge.train.data import DataReport, Example
-from agzo_edge.train.length import longest_tokens
+from agzo_edge.train.length import Overlong, longest_tokens
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,14 @@ class Tally:
         """The examples that take most of a pass, the largest last."""
         return tuple(example for _, _, example in sorted(self._largest, key=lambda entry: entry[:2]))
 
-    def complaint(self, limit_tokens: int, *, room_tokens: int | None = None) -> str:
+    def complaint(self, limit_tokens: int, *, overlong: Overlong = "error", room_tokens: int | None = None) -> str:
         """Why these rows cannot be trained on; empty when they can. The model has `room_tokens` for a row."""
         if self.faults:
             counted = f"{sum(map(len, self.faults.values())):,} of {self.rows_seen:,} rows cannot be used"
-            advice = f"\nlonger rows: --max-seq-length {self.longest_refused}, or --overlong truncate or drop"
+            ways = "--overlong truncate or drop" if overlong == "error" else "--overlong drop"
+            advice = f"\nthe longest has {self.longest_refused:,}: --max-seq-length {self.longest_refused}, or {ways}"
             if room_tokens is not None and self.longest_refused > room_tokens:
-                advice = f"\nthe model has positions for {room_tokens:,} tokens: --overlong truncate or drop"
+                advice = f"\nthe model has positions for {room_tokens:,} tokens: {ways}"
             told = numbered([_told(fault, places) for fault, places in self.faults.items()])
             return f"{counted}:\n{told}" + advice * (self.longest_refused > limit_tokens)
         if not self.rows_seen:

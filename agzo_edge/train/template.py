@@ -5,16 +5,46 @@ and the labels begin where the two part. Conversations are in conversation.py.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from agzo_edge.data_config import PromptForm
 from agzo_edge.errors import DataError
 from agzo_edge.train.conversation import conversation_row, exchange_row, prompt_ids
-from agzo_edge.train.formats import Format, has_input
+from agzo_edge.train.formats import Format, SoundRow, has_input
 from agzo_edge.train.tokens import TokenRow, labelled_from, last_labels, n_shared
 from agzo_edge.train.turns import tools_of
+
+_FIRST_WORDS = 6  # of a text, for the model to go on from
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How the rows of a source ask the model, and what one of them asks."""
+
+    form: PromptForm
+    prompt: str
+
+
+def asking_of(row: SoundRow, tokenizer: PreTrainedTokenizerBase) -> Asking:
+    """How a row asks; of a text, its first words."""
+    fields = row.fields
+    if row.format == "text":
+        return Asking("plain", " ".join(fields["text"].split()[:_FIRST_WORDS]))
+    if row.format == "alpaca":
+        return Asking("chat" if tokenizer.chat_template else "headings", _instruction(fields))
+    asked = fields["messages" if row.format in ("messages", "sharegpt") else "prompt"]
+    if isinstance(asked, str):
+        return Asking("plain", asked)
+    return Asking("chat", next((turn["content"] for turn in asked if turn["role"] == "user"), ""))
+
+
+def under_headings(instruction: str) -> str:
+    """An instruction as Stanford's Alpaca has it, up to where the answer begins."""
+    return f"### Instruction:\n{instruction}\n\n### Response:\n"
 
 
 def token_rows(
@@ -116,11 +146,14 @@ def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
 
 def _alpaca_row(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> TokenRow:
     """Instruction and output as one exchange; with Stanford's headings where there is no chat template."""
-    instruction, output = fields["instruction"], fields["output"]
-    given = fields["input"] if has_input(fields) else ""
+    output = fields["output"]
     if tokenizer.chat_template:
-        question = f"{instruction}\n\n{given}" if given else instruction
-        exchange = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+        exchange = [{"role": "user", "content": _instruction(fields)}, {"role": "assistant", "content": output}]
         return conversation_row(exchange, tokenizer)
-    headings = f"### Instruction:\n{instruction}\n\n" + (f"### Input:\n{given}\n\n" if given else "")
-    return _completed_row(f"{headings}### Response:\n", output, tokenizer)
+    given = f"\n\n### Input:\n{fields['input']}" if has_input(fields) else ""
+    return _completed_row(under_headings(fields["instruction"] + given), output, tokenizer)
+
+
+def _instruction(fields: Mapping[str, Any]) -> str:
+    """An instruction with what it is to be done with."""
+    return fields["instruction"] + (f"\n\n{fields['input']}" if has_input(fields) else "")

@@ -3,8 +3,9 @@
     messages    [{"role": "user", "content": ...}, ...], as transformers and TRL have it
     sharegpt    [{"from": "human", "value": ...}, ...], turned into messages
 
-An assistant's message may hold `tool_calls` in place of text; a row's `tools`, a list of JSON schemas or
-that list as JSON text, go to the chat template.
+A content in parts that are all text is that text. An assistant's message may hold `tool_calls` in place of text; one of
+`weight` 0, as OpenAI has it, is not learned. A row's `tools`, a list of JSON schemas or that list as JSON text, go to
+the chat template.
 """
 
 import json
@@ -61,6 +62,20 @@ def _as_message(turn: object) -> object:
     return {"role": _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": turn.get("value")}
 
 
+def in_one_text(messages: object) -> object:
+    """Messages whose contents are text where they are parts of text; whatever else is in them stays."""
+    return [_in_one_text(message) for message in messages] if isinstance(messages, list) else messages
+
+
+def _in_one_text(message: object) -> object:
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or not isinstance(parts, list) or not parts:
+        return message
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    are_all = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return message | {"content": "".join(map(str, texts))} if are_all else message
+
+
 def with_prompt(chosen: object, rejected: object) -> dict[str, object]:
     """Two whole conversations as the prompt that they begin with alike, and the two ways it was answered.
 
@@ -102,6 +117,8 @@ def _turn_faults(message: object, number: int) -> list[str]:
     faults = []
     if message.get("role") not in ROLES:
         faults.append(f"message {number} has role {message.get('role')!r}; known are {', '.join(ROLES)}")
+    if message.get("weight") not in (None, 0, 1):
+        faults.append(f"message {number} has weight {message['weight']!r}; 0 leaves an answer out, 1 learns it")
     calls = message.get("tool_calls")
     if calls and not isinstance(calls, list):
         faults.append(f"message {number}'s tool_calls is {type_name(calls)}; it must be a list")

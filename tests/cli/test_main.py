@@ -174,3 +174,12 @@ def test_help_never_cuts_a_flags_name_short(columns: str) -> None:
     assert "…" not in done.stdout
     for flag in ("--resume-from-checkpoint", "--no-trust-remote-code", "--early-stopping-patience"):
         assert flag in done.stdout
+
+
+@pytest.mark.parametrize(("flag", "here"), [("--lr", "--learning-rate"), ("--num-train-epochs", "--max-steps")])
+def test_a_flag_by_the_name_that_other_trainers_have_for_it_is_told_the_one_here(
+    capsys: pytest.CaptureFixture[str], flag: str, here: str
+) -> None:
+    code, _, told = run(capsys, "train", flag, "3")
+    assert code == 2
+    assert f"No such option: {flag}; here it is {here}" in told

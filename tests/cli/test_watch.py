@@ -13,7 +13,8 @@ from agzo_edge.budget.memory import InPieces, MemoryPlan, Saving
 from agzo_edge.budget.qlora import QloraNeed
 from agzo_edge.cli.as_json import event_object, json_line
 from agzo_edge.cli.course import Course
-from agzo_edge.cli.run_view import data_line, event_lines, generate_command, live_view
+from agzo_edge.cli.ending_view import before_after, ending_lines, generate_command
+from agzo_edge.cli.run_view import data_line, event_lines, live_view
 from agzo_edge.cli.screen import comparison, curve, duration, facts_lines, plan_table, report_lines, verdict
 from agzo_edge.cli.watch import PLAIN_STEP_LINES, watch, watch_json
 from agzo_edge.config import RunConfig
@@ -143,6 +144,37 @@ def test_a_watched_run_tells_what_it_found_and_what_came_of_it(terminal: bool) -
         "50.0% -> 75.0%",
     )
     assert [part for part in told if part not in text] == []
+
+
+def test_an_end_that_is_not_the_best_says_so_and_where_the_best_is() -> None:
+    config = RunConfig(max_steps=60, early_stopping_patience=2, eval_data="b.jsonl")
+    found = {"0": {"loss": 4.0}, "4": {"loss": 3.0}, "8": {"loss": 3.5}}
+    report = {"steps": 8, "best_step": 4, "evaluations": found, "steps_without_signal": 0}
+    text = shown(*ending_lines(Run(Path("out"), None, None, report), config))
+    assert "after step 8 of 60: no better in 2 evaluations" in text
+    assert f"loss 3.0000 after step 4, in {Path('out/best')}" in text
+    assert ending_lines(Run(Path("out"), None, None, report | {"steps": 60, "best_step": 60}), config) == []
+
+
+@pytest.mark.parametrize(
+    ("objective", "why"), [("lm", "no example's loss had changed"), ("reward", "same reward. Try")]
+)
+def test_steps_that_taught_nothing_are_told_of(objective: str, why: str) -> None:
+    config = RunConfig(max_steps=9, objective=objective, reward="exact_match" if objective == "reward" else None)
+    report = {"steps": 9, "best_step": None, "steps_without_signal": 8}
+    text = " ".join(shown(*ending_lines(Run(Path("out"), None, None, report), config)).split())
+    assert "nothing was learned in 8 of 9 steps: " in text
+    assert why in text
+
+
+def test_a_reward_is_told_as_one_and_no_change_is_no_fall() -> None:
+    course = Course()
+    course.planned = Planned(RunConfig(objective="reward", reward="exact_match"), plan_of(GIB), "rtx", (), ())
+    before, after = Metrics(64, -0.25, reward=0.25), Metrics(64, -0.5, reward=0.5)
+    assert "held-out reward 0.2500 ▁█ 0.5000" in shown(*before_after(before, after, course, [-0.25, -0.5]))
+    course.planned = None
+    still = shown(*before_after(Metrics(64, 4.8395), Metrics(64, 4.8394), course, [4.8395, 4.8394, 4.8394])).rstrip()
+    assert still == "held-out loss   4.8395 ▁▁▁ 4.8394"
 
 
 def test_no_color_leaves_no_color(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,8 +83,8 @@ def test_one_prompt_is_answered_as_by_generate() -> None:
     with model.context.running(mask=torch.ones_like(ids).bool()):
         (text,) = written_texts(model, ids, torch.ones_like(ids), max_new_tokens=N_NEW)
     writer = TextModel(model)
-    assert text == writer.generate("abc", sampling=Sampling(max_new_tokens=N_NEW))
-    assert text == writer.generate("abc", sampling=Sampling(max_new_tokens=1), max_new_tokens=N_NEW)
+    assert text == writer.generate("abc", sampling=Sampling(max_new_tokens=N_NEW)).strip()
+    assert text == writer.generate("abc", sampling=Sampling(max_new_tokens=1), max_new_tokens=N_NEW).strip()
     with pytest.raises(ConfigError, match=r"(?s)top_p.*max_tokens: no such setting"):
         writer.generate("abc", max_tokens=N_NEW, top_p=2.0)
 
@@ -119,10 +119,34 @@ def test_a_prompt_is_gone_on_from_as_it_stands_where_the_template_is_left_out() 
     assert TextModel(model).generate("abc", max_new_tokens=N_NEW, ignore_chat_template=True) == plain
 
 
+def test_a_prompt_is_put_as_the_adapters_rows_were() -> None:
+    model = tiny_model()
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    under_headings = TextModel(model).generate("### Instruction:\nabc\n\n### Response:\n", max_new_tokens=N_NEW)
+    assert TextModel(model, form="headings").generate("abc", max_new_tokens=N_NEW) == under_headings.strip()
+    plain = TextModel(model).generate("abc", max_new_tokens=N_NEW)
+    assert TextModel(model, form="chat").generate("abc", max_new_tokens=N_NEW) == plain  # there is no template
+    model.tokenizer.chat_template = PICKY
+    answer = TextModel(model).generate("abc", max_new_tokens=N_NEW)
+    writer = TextModel(model, form="plain")
+    assert writer.generate("abc", max_new_tokens=N_NEW) == plain
+    assert writer.generate("abc", max_new_tokens=N_NEW, ignore_chat_template=False) == answer
+    assert writer.generate([{"role": "user", "content": "abc"}], max_new_tokens=N_NEW) == answer
+
+
+def test_a_text_goes_on_with_the_blank_that_it_needs() -> None:
+    model = tiny_model()
+    ids = model.tokenizer("abc", return_tensors="pt").input_ids
+    whole = model.network.generate(ids, max_new_tokens=N_NEW, do_sample=False)[0]
+    expected = model.tokenizer.decode(whole, skip_special_tokens=True)
+    assert "abc" + TextModel(model).generate("abc", max_new_tokens=N_NEW) == expected
+
+
 def test_a_text_is_told_piece_by_piece_while_it_is_written() -> None:
     pieces: list[str] = []
     whole = TextModel(tiny_model()).generate("abc", max_new_tokens=40, on_text=pieces.append)
-    assert "".join(pieces).strip() == whole
+    assert "".join(pieces) == whole
+    assert len(pieces) > 1
 
 
 def test_the_models_own_habits_of_writing_are_left_out() -> None:

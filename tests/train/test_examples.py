@@ -51,17 +51,17 @@ def test_all_faults_come_at_once_in_the_order_of_the_lines(jsonl: Jsonl, tokeniz
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{source}: 4 of 6 rows cannot be used:"
     assert [line.split(": ")[0].strip() for line in lines[1:5]] == [f"notes.jsonl:{n}" for n in (2, 3, 4, 6)]
-    assert lines[3] == "  notes.jsonl:4: 102 tokens; the limit is 64"
-    assert lines[5:] == ["longer rows: --max-seq-length 102, or --overlong truncate or drop"]
+    assert lines[3] == "  notes.jsonl:4: more than 64 tokens"
+    assert lines[5:] == ["the longest has 102: --max-seq-length 102, or --overlong truncate or drop"]
 
 
 def test_twenty_faults_are_shown_and_the_rest_counted(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError) as caught:
-        load(jsonl(*({"text": "x" * n} for n in range(100, 1334))), tokenizer)
+        load(jsonl(*(" " * n + "{broken" for n in range(1234))), tokenizer)
     lines = str(caught.value).splitlines()
     assert lines[0].endswith("1,234 of 1,234 rows cannot be used:")
-    assert len(lines) == 1 + 20 + 1 + 1
-    assert lines[-2] == "  ... and 1,214 more"
+    assert len(lines) == 1 + 20 + 1
+    assert lines[-1] == "  ... and 1,214 more"
 
 
 def test_truncation_takes_the_end_of_a_row_and_is_counted(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
@@ -102,9 +102,7 @@ def test_a_row_without_a_label_is_an_error_unless_it_may_be_dropped(jsonl: Jsonl
 
 def test_truncation_to_the_prompt_alone_is_an_error(jsonl: Jsonl, tokenizer: Tokenizer) -> None:
     source = jsonl({"prompt": "abcdef", "completion": "g"})
-    with pytest.raises(
-        DataError, match=r"notes.jsonl:1: no label token: of 9 tokens none of the first 5 is one to learn"
-    ):
+    with pytest.raises(DataError, match=r"notes.jsonl:1: more than 5 tokens, and none of the first 5 is one to learn"):
         load(source, tokenizer, max_seq_length=5, overlong="truncate")
 
 
@@ -204,3 +202,24 @@ def test_what_many_short_rows_take_is_what_the_plan_counts(tmp_path: Path) -> No
     path.write_text("".join(json.dumps({"text": f"a cat {i}"}) + "\n" for i in range(100_000)))
     grown_bytes, counted_bytes = loaded_apart(path, "data.n_bytes")
     assert 0.75 * grown_bytes < counted_bytes < 1.1 * grown_bytes
+
+
+def test_the_first_example_is_shown_with_the_blanks_that_it_has(shared_dir: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared_dir / "models" / "stories260K")
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"prompt": "It was", "options": [" terrible", " great"], "answer": 0}\n')
+    sample = load_examples(str(source), tokenizer, RunConfig(objective="choice")).sample
+    assert [text for text, learned in sample if learned] == [" terrible"]
+    assert "".join(text for text, _ in sample).endswith("It was terrible")
+
+
+def test_rows_that_are_too_long_are_told_once_with_what_helps(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(f'{{"prompt": "{"a" * n}", "completion": "b"}}\n' for n in range(30, 60)))
+    config = RunConfig(max_seq_length=16)
+    with pytest.raises(DataError, match=r"more than 16 tokens \(and 29 more rows\)") as refusal:
+        load_examples(str(source), tokenizer, config)
+    assert len(str(refusal.value).splitlines()) == 3
+    assert str(refusal.value).endswith("--overlong truncate or drop")
+    with pytest.raises(DataError, match=r"none of the first 16 .*(?s:.)*, or --overlong drop$"):
+        load_examples(str(source), tokenizer, config.model_copy(update={"overlong": "truncate"}))

@@ -50,7 +50,8 @@ def test_a_choice_row_is_known_by_its_three_fields() -> None:
 def test_a_row_of_no_format_is_told_what_it_has_and_what_it_needs() -> None:
     assert faults_of({"answer": "b"}) == [
         "f:1: fields 'answer': a row for objective lm needs messages; or conversations; "
-        "or prompt and completion; or instruction and output; or text"
+        "or prompt and completion; or instruction and output; or text; rows of other fields are laid out by "
+        "--prompt-template and --completion-template"
     ]
     assert "fields (none)" in faults_of({})[0]
 
@@ -152,3 +153,27 @@ def test_a_number_and_its_digits_are_the_same_answer(answer: int, shift: int) ->
 
 def test_a_sound_row_comes_through_with_place_and_fields() -> None:
     assert checked_row(RawRow("f:1", {"text": "a"}), "lm") == SoundRow("f:1", "text", {"text": "a"})
+
+
+def test_contents_in_parts_of_text_are_one_text_and_others_are_a_fault() -> None:
+    parts = [{"type": "text", "text": "How are "}, {"type": "text", "text": "you?"}]
+    row = checked_row(RawRow("f:1", {"messages": [TURN | {"content": parts}, REPLY]}), "lm")
+    assert isinstance(row, SoundRow)
+    assert row.fields["messages"] == [TURN | {"content": "How are you?"}, REPLY]
+    picture = [*parts, {"type": "image", "url": "a.png"}]
+    (fault,) = faults_of({"prompt": [TURN | {"content": picture}], "completion": [REPLY]})
+    assert "content is a list; it must be a string" in fault
+
+
+def test_what_is_marked_as_not_to_be_learned_is_not_learned_in_silence() -> None:
+    (fault,) = faults_of({"prompt": "Hi", "completion": "Go away", "label": False})
+    assert "label is false: this completion would be learned as a good one" in fault
+    assert faults_of({"prompt": "Hi", "completion": "Ho", "label": True}) == []
+    (fault,) = faults_of({"messages": [TURN, REPLY | {"weight": 0.5}]})
+    assert "message 2 has weight 0.5; 0 leaves an answer out" in fault
+
+
+def test_a_row_of_other_fields_is_told_how_they_are_laid_out() -> None:
+    (fault,) = faults_of({"prompt": "Hi", "response": "Ho"})
+    assert "--prompt-template and --completion-template" in fault
+    assert "--objective reward" not in fault

@@ -159,3 +159,10 @@ def test_parquet_with_a_damaged_page_is_told_with_the_rows_before_it(tmp_path: P
     (tmp_path / "t.parquet").write_bytes(content)
     with pytest.raises(DataError, match="cannot be read as Parquet after row 0"):
         list(file_rows(tmp_path / "t.parquet"))
+
+
+def test_a_spreadsheets_semicolons_stand_between_cells_too(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('\ufeffprompt;completion\r\n"Hello; you";1,5\r\n', encoding="utf-8")
+    assert [row.fields for row in file_rows(tmp_path / "a.csv")] == [{"prompt": "Hello; you", "completion": "1,5"}]
+    (tmp_path / "b.csv").write_text("text,note\nA; and B,C\n")
+    assert [row.fields for row in file_rows(tmp_path / "b.csv")] == [{"text": "A; and B", "note": "C"}]

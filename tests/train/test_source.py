@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from agzo_edge.errors import DataError
-from agzo_edge.train.source import Split, read_rows
+from agzo_edge.train.source import Split, read_rows, unused_validation
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,39 @@ def test_a_directory_without_the_split_says_what_it_holds(tmp_path: Path) -> Non
         list(read_rows(str(tmp_path), split="validation"))
 
 
-def test_a_downloaded_data_set_is_not_read_as_its_readme(tmp_path: Path) -> None:
+def test_a_downloaded_data_set_is_read_from_its_parts_and_not_its_readme(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train-00000-of-00001.parquet").touch()
-    with pytest.raises(DataError, match=r"no train.\* in it \(README.md\)"):
+    for part in range(2):
+        name = f"train-0000{part}-of-00002.jsonl"
+        (tmp_path / "data" / name).write_text(f'{{"text": "part {part}"}}\n')
+    (tmp_path / "data" / "validation-00000-of-00001.jsonl").write_text('{"text": "held out"}\n')
+    assert [row.fields["text"] for row in read_rows(str(tmp_path), split="train")] == ["part 0", "part 1"]
+    assert [row.fields["text"] for row in read_rows(str(tmp_path), split="validation")] == ["held out"]
+
+
+def test_numbered_files_are_parts_of_one_and_others_are_not(tmp_path: Path) -> None:
+    for name in ("part-1.jsonl", "part-2.jsonl"):
+        (tmp_path / name).write_text(f'{{"text": "{name}"}}\n')
+    assert [row.fields["text"] for row in read_rows(str(tmp_path), split="train")] == ["part-1.jsonl", "part-2.jsonl"]
+    (tmp_path / "part-eval.jsonl").touch()
+    with pytest.raises(DataError, match=r"no train.\* in it \(part-1.jsonl, part-2.jsonl, part-eval.jsonl\)"):
         list(read_rows(str(tmp_path), split="train"))
+
+
+def test_the_table_that_makes_a_folder_none_of_notes_is_named(tmp_path: Path) -> None:
+    for name in ("a.md", "b.md", "c.txt", "d.txt", "e.txt", "f.txt", "zbudget.csv"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"in it \(zbudget.csv\)"):
+        list(read_rows(str(tmp_path), split="train"))
+
+
+def test_held_out_rows_that_nobody_has_named_are_found(tmp_path: Path) -> None:
+    (tmp_path / "valid.jsonl").touch()
+    assert unused_validation(str(tmp_path)) is None
+    (tmp_path / "train.jsonl").touch()
+    assert unused_validation(str(tmp_path)) == tmp_path / "valid.jsonl"
+    assert unused_validation(str(tmp_path / "train.jsonl")) is None
 
 
 def test_notes_may_be_called_as_splits_are(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from agzo_edge.demo import MODEL_DIR
 from agzo_edge.errors import DataError
 from agzo_edge.train.conversation import require_chat_template
-from agzo_edge.train.formats import Format
-from agzo_edge.train.template import token_rows
+from agzo_edge.train.formats import Format, SoundRow
+from agzo_edge.train.template import Asking, asking_of, token_rows, under_headings
 from agzo_edge.train.tokens import TokenRow
 
 # Leaves the thought out of turns that others follow, as Qwen3 does.
@@ -135,6 +135,42 @@ def test_every_assistant_turn_is_learned_and_nothing_else(tokenizer: Tokenizer, 
     assert tokenizer.decode(row.input_ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
     end = "<|im_end|>" if template == CHATML_MARKED else "<|im_end|>\n"  # a prefix cannot tell whose the newline is
     assert labels(row, tokenizer) == [f"Ho{end}", f"No more.{end}"]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED])
+def test_an_answer_of_weight_0_is_not_learned(tokenizer: Tokenizer, template: str) -> None:
+    tokenizer.chat_template = template
+    talk = [turn | {"weight": 0} if turn["content"] == "Ho" else turn for turn in TALK]
+    assert labels(row_of({"messages": talk}, "messages", tokenizer), tokenizer) == ["No more.<|im_end|>\n"]
+    talk = [turn | {"weight": 1} if turn["role"] == "assistant" else turn for turn in TALK]
+    expected = row_of({"messages": TALK}, "messages", tokenizer)
+    assert np.array_equal(row_of({"messages": talk}, "messages", tokenizer).is_label, expected.is_label)
+
+
+@pytest.mark.parametrize(
+    ("row_format", "fields", "form", "prompt"),
+    [
+        ("messages", {"messages": TALK}, "chat", "Hi"),
+        ("prompt-completion", {"prompt": TALK[:2], "completion": TALK[2:3]}, "chat", "Hi"),
+        ("prompt-completion", {"prompt": "Hi", "completion": " Ho"}, "plain", "Hi"),
+        ("choice", {"prompt": "Hi", "options": [" a", " b"], "answer": 0}, "plain", "Hi"),
+        ("prompt", {"prompt": "Hi"}, "plain", "Hi"),
+        ("text", {"text": "one two\nthree four five six seven"}, "plain", "one two three four five six"),
+        ("alpaca", {"instruction": "Add.", "input": "1, 2", "output": "3"}, "headings", "Add.\n\n1, 2"),
+    ],
+)
+def test_how_a_row_asks_is_how_it_was_made_of_tokens(
+    tokenizer: Tokenizer, row_format: Format, fields: dict[str, Any], form: str, prompt: str
+) -> None:
+    assert asking_of(SoundRow("f:1", row_format, fields), tokenizer) == Asking(form, prompt)
+
+
+def test_an_instruction_is_asked_as_it_was_learned(tokenizer: Tokenizer) -> None:
+    row = SoundRow("f:1", "alpaca", {"instruction": "Name a colour.", "output": "Blue"})
+    learned = tokenizer.decode(row_of(row.fields, "alpaca", tokenizer).input_ids, skip_special_tokens=True)
+    assert learned == under_headings(asking_of(row, tokenizer).prompt) + "Blue"
+    tokenizer.chat_template = CHATML
+    assert asking_of(row, tokenizer).form == "chat"
 
 
 def test_a_template_that_writes_bos_gets_no_second_one(tokenizer: Tokenizer) -> None:
