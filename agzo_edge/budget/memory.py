@@ -51,6 +51,11 @@ class MemoryPlan:
     in_pieces: InPieces | None = None  # when it does not fit, and a rung of the ladder does
     qlora: QloraNeed | None = None  # for comparison
 
+    def __str__(self) -> str:
+        """The peak, what is allowed, and whether it fits."""
+        need, limit = format_bytes(self.device_bytes), format_bytes(self.limit_bytes)
+        return f"{need} at the peak, {limit} allowed on {self.profile_name}: {'fits' if self.fits else 'does not fit'}"
+
     def bytes_on(self, where: Where) -> int:
         """The sum of the components in one place."""
         return sum(component.n_bytes for component in self.components if component.where == where)

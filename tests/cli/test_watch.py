@@ -265,6 +265,11 @@ def test_the_comparison_says_what_qlora_needs_and_whether_it_fits() -> None:
     assert "more than is allowed" in shown(comparison(replace(plan_of(2 * GIB), qlora=need)))
 
 
+def test_a_plan_prints_as_what_matters() -> None:
+    assert str(plan_of(6 * GIB)) == "4.00 GiB at the peak, 6.00 GiB allowed on gtx-1650-4gb: fits"
+    assert str(plan_of(GIB)).endswith("does not fit")
+
+
 def test_verdict_says_how_much_is_spare_or_too_much_and_what_to_do() -> None:
     assert "fits: 4.00 GiB" in shown(verdict(plan_of(6 * GIB)))
     assert "2.00 GiB to spare" in shown(verdict(plan_of(6 * GIB)))
