@@ -390,7 +390,8 @@ def test_a_row_longer_than_the_models_positions(bench: Bench, command: str) -> N
     arguments = bench.train("--max-seq-length", 300, model=model, data=data)
     if command == "eval":
         arguments = ["eval", "--model", model, "--data", str(data), "--max-seq-length", "300"]
-    bench.refused(arguments, "201 tokens", "the model has positions for 128 tokens: --overlong truncate or drop")
+    told = "the longest has 201 tokens, and the model positions for 128: --overlong truncate or drop"
+    bench.refused(arguments, "long.jsonl:1: more than 128 tokens", told)
 
 
 # flags, files of settings, profiles

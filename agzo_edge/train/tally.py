@@ -67,9 +67,11 @@ class Tally:
         if self.faults:
             counted = f"{sum(map(len, self.faults.values())):,} of {self.rows_seen:,} rows cannot be used"
             ways = "--overlong truncate or drop" if overlong == "error" else "--overlong drop"
-            advice = f"\nthe longest has {self.longest_refused:,}: --max-seq-length {self.longest_refused}, or {ways}"
+            advice = f"\nthe longest has {self.longest_refused:,} tokens"
             if room_tokens is not None and self.longest_refused > room_tokens:
-                advice = f"\nthe model has positions for {room_tokens:,} tokens: {ways}"
+                advice += f", and the model positions for {room_tokens:,}: {ways}"
+            else:
+                advice += f": --max-seq-length {self.longest_refused}, or {ways}"
             told = numbered([_told(fault, places) for fault, places in self.faults.items()])
             return f"{counted}:\n{told}" + advice * (self.longest_refused > limit_tokens)
         if not self.rows_seen:

@@ -138,8 +138,10 @@ def test_a_text_goes_on_with_the_blank_that_it_needs() -> None:
     model = tiny_model()
     ids = model.tokenizer("abc", return_tensors="pt").input_ids
     whole = model.network.generate(ids, max_new_tokens=N_NEW, do_sample=False)[0]
-    expected = model.tokenizer.decode(whole, skip_special_tokens=True)
-    assert "abc" + TextModel(model).generate("abc", max_new_tokens=N_NEW) == expected
+    asked, expected = (model.tokenizer.decode(each, skip_special_tokens=True) for each in (ids[0], whole))
+    text = TextModel(model).generate("abc", max_new_tokens=N_NEW)
+    assert asked + text == expected
+    assert text.startswith(" ")
 
 
 def test_a_text_is_told_piece_by_piece_while_it_is_written() -> None:

@@ -52,7 +52,7 @@ def test_all_faults_come_at_once_in_the_order_of_the_lines(jsonl: Jsonl, tokeniz
     assert lines[0] == f"{source}: 4 of 6 rows cannot be used:"
     assert [line.split(": ")[0].strip() for line in lines[1:5]] == [f"notes.jsonl:{n}" for n in (2, 3, 4, 6)]
     assert lines[3] == "  notes.jsonl:4: more than 64 tokens"
-    assert lines[5:] == ["the longest has 102: --max-seq-length 102, or --overlong truncate or drop"]
+    assert lines[5:] == ["the longest has 102 tokens: --max-seq-length 102, or --overlong truncate or drop"]
 
 
 def test_twenty_faults_are_shown_and_the_rest_counted(jsonl: Jsonl, tokenizer: Tokenizer) -> None:

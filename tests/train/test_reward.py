@@ -132,7 +132,7 @@ def test_an_evaluation_tells_the_mean_reward_with_its_interval(tmp_path: Path) -
         ((), "--objective reward --reward exact_match"),
         (("--reward", "f1", "--difference", "exact"), "use central"),
         (("--reward", "f1", "--answer-field", "solution"), "'solution' is missing or null"),
-        (("--reward", "f1", "--max-seq-length", "4"), "the limit is 4"),
+        (("--reward", "f1", "--max-seq-length", "4"), "more than 4 tokens"),
     ],
 )
 def test_a_reward_that_cannot_be_used_is_refused_before_anything_is_written(
