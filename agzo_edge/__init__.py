@@ -24,6 +24,7 @@ from agzo_edge.errors import (
 
 if TYPE_CHECKING:
     from agzo_edge.api import check_numerics, doctor, evaluate, export, finetune, load, plan, replay, report, sweep
+    from agzo_edge.cli.watch import show_progress
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,10 @@ def __getattr__(name: str) -> Any:
         from agzo_edge import api
 
         return getattr(api, name)
+    if name == "show_progress":
+        from agzo_edge.cli.watch import show_progress
+
+        return show_progress
     raise AttributeError(f"module 'agzo_edge' has no attribute {name!r}")
 
 
@@ -60,5 +65,6 @@ __all__ = [
     "plan",
     "replay",
     "report",
+    "show_progress",
     "sweep",
 ]

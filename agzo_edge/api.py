@@ -117,9 +117,9 @@ def finetune(
 ) -> "Run":
     """Fine-tune `model` on `data` inside the memory budget, and leave an adapter in `output_dir`.
 
-    `observe` is called with every event of events.py; `resume` goes on with an interrupted run.
-    Raises BudgetError before anything is loaded when the plan does not fit, UsageError before anything is
-    written when model, data or settings cannot be used.
+    `observe` is called with every event of events.py: `show_progress()` prints them. `resume` goes on with an
+    interrupted run. Raises BudgetError before anything is loaded when the plan does not fit, UsageError before anything
+    is written when model, data or settings cannot be used.
     """
     from agzo_edge.events import Finished
     from agzo_edge.session import training

@@ -1,6 +1,6 @@
 """Watching a run: live on a terminal, in plain lines elsewhere, as JSON lines for programs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from agzo_edge.cli.as_json import event_object
-from agzo_edge.cli.consoles import print_lines, write_json
+from agzo_edge.cli.consoles import print_lines, stdout_console, write_json
 from agzo_edge.cli.course import Course
 from agzo_edge.cli.ending_view import before_after, best_adapter, cost_lines, ending_lines, generate_command
 from agzo_edge.cli.run_view import evaluation_line, event_lines, live_view, step_line
@@ -44,6 +44,21 @@ def watch(events: "Iterable[Event]", console: Console) -> None:
             if isinstance(event, Finished):
                 run = event.run
     print_result(console, course, run)
+
+
+def show_progress() -> "Callable[[Event], None]":
+    """What prints a run in lines on stdout while it goes: `finetune(..., observe=show_progress())`."""
+    course, console = Course(), stdout_console()
+
+    def show(event: "Event") -> None:
+        from agzo_edge.events import Finished
+
+        course.take(event)
+        print_lines(console, [*event_lines(event), *progress_lines(course, event)])
+        if isinstance(event, Finished):
+            print_result(console, course, event.run)
+
+    return show
 
 
 def _drawing(course: Course, console: Console) -> Live:

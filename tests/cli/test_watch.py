@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import agzo_edge
 from agzo_edge.budget.job import Component
 from agzo_edge.budget.memory import InPieces, MemoryPlan, Saving
 from agzo_edge.budget.qlora import QloraNeed
@@ -124,6 +125,14 @@ def test_plain_output_has_a_line_for_each_evaluation_and_for_some_steps() -> Non
     assert [line for line in lines if line.startswith("step ")][-1].startswith(
         f"step     {N_STEPS}/{N_STEPS}, loss 3.1"
     )
+
+
+def test_a_run_in_python_is_shown_in_the_same_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show = agzo_edge.show_progress()
+    for event in events_of_a_run():
+        show(event)
+    lines = [" ".join(line.split()) for line in watched(terminal=False).splitlines()]
+    assert [line for line in capsys.readouterr().out.splitlines() if " ".join(line.split()) not in lines] == []
 
 
 @pytest.mark.parametrize("terminal", [True, False])
