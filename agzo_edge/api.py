@@ -137,7 +137,8 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
     """A quantized model with its adapter, ready to write text: `load(...).generate(prompt)`.
 
     The adapter of a run finds the base that it was trained on, held as it was then, unless `model` or `settings` say
-    otherwise. Prompts are put as the rows of that run put them, by the chat template or as they stand.
+    otherwise. Prompts are put as the rows of that run put them, by the chat template, under Alpaca's
+    headings or as they stand.
     """
     from agzo_edge.loading import loaded_model, prompt_form_of
     from agzo_edge.serve.generate import TextModel

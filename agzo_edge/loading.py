@@ -57,8 +57,10 @@ def settings_in(directory: Path) -> Mapping[str, Any]:
 
 def settings_of(header: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a journal's header, and how the run's rows asked."""
-    settings = header.get("config")
-    return {**settings, PROMPT_FORM: header.get(PROMPT_FORM)} if isinstance(settings, dict) else {}
+    settings, form = header.get("config"), header.get(PROMPT_FORM)
+    if not isinstance(settings, dict):
+        return {}
+    return {**settings, PROMPT_FORM: form} if form in get_args(PromptForm) else settings
 
 
 def settings_of_run(adapter: Path, given: Mapping[str, Any], *, data_too: bool) -> dict[str, Any]:

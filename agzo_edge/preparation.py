@@ -1,5 +1,6 @@
 """What is settled before anything is loaded: a run's data, and the plan that fits them to the machine."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -46,7 +47,8 @@ def planned_run(
     """
     fitted, notes = fitted_here(facts, config, data=data_shape(data))
     if config.eval_data is None and (beside := unused_validation(str(config.data))):
-        to_know = (*to_know, f"{beside.name} lies beside the training rows and is not used: --eval-data {config.data}")
+        flag = f"--eval-data {shlex.quote(str(config.data))}"
+        to_know = (*to_know, f"{beside.name} lies beside the training rows and is not used: {flag}")
     to_know = (*to_know, *fitted.plan.notes, *notes)
     return Planned(fitted.config, fitted.plan, fitted.plan.profile_name, fitted.changes, fitted.rungs, to_know)
 

@@ -66,7 +66,7 @@ class Course:
 
     def told(self, loss: float) -> float:
         """A loss as a person is told it: of a reward the other sign."""
-        return -loss if self.measure == "reward" else loss
+        return 0.0 - loss if self.measure == "reward" else loss  # never minus zero
 
     @property
     def recent_mean(self) -> float | None:

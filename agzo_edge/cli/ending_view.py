@@ -40,22 +40,28 @@ def before_after(before: "Metrics", after: "Metrics", course: Course, losses: Se
     return lines
 
 
-def best_adapter(run: "Run") -> Path | None:
-    """Where the adapter is that did best on the held-out rows, unless it is the last."""
-    best = run.report.get("best_step")
-    return run.adapter / BEST_NAME if best and best != run.report["steps"] else None
+def best_adapter(run: "Run", metric: str) -> Path | None:
+    """Where the adapter is that did best on the held-out rows, unless the last is as good."""
+    found, best = run.report.get("evaluations") or {}, run.report.get("best_step")
+    if not best or found[str(best)][metric] in (None, found[max(found, key=int)][metric]):
+        return None
+    return run.adapter / BEST_NAME
 
 
-def ending_lines(run: "Run", config: RunConfig) -> list[Text]:
+def ending_lines(run: "Run", course: Course) -> list[Text]:
     """What a person should know of how a run ended: too early, not at its best, or without having learned."""
-    steps, best, metric = run.report["steps"], run.report.get("best_step"), config.metric_for_best_model
+    assert course.planned is not None
+    config, steps = course.planned.config, run.report["steps"]
+    metric = config.metric_for_best_model
     lines = []
     if steps < config.max_steps:
         why = f"no better in {config.early_stopping_patience} evaluations"
         lines.append(_result("stopped early", f"after step {steps} of {config.max_steps}: {why}"))
-    if path := best_adapter(run):
+    if path := best_adapter(run, metric):
+        best = run.report["best_step"]
         value = run.report["evaluations"][str(best)][metric]
-        lines.append(_result("best", f"{metric} {value:.4f} after step {best}, in {path}"))
+        told = f"{course.measure} {course.told(value):.4f}" if metric == "loss" else f"{metric} {value:.4f}"
+        lines.append(_result("best", f"{told} after step {best}, in {path}"))
     if silent := run.report.get("steps_without_signal"):
         alike = REWARDS_ALIKE if config.objective == "reward" else "no example's loss had changed"
         lines.append(_result("note", Text(f"nothing was learned in {silent} of {steps} steps: {alike}", "yellow")))

@@ -57,7 +57,7 @@ def data_line(name: str, report: "DataReport", *, passes: float = 0.0) -> Text:
         parts.append(f"{report.rows_dropped:,} of {report.rows_dropped + report.rows_used:,} dropped")
     parts.append(f"{report.padding_share:.0%} padding")
     if passes:
-        parts.append(f"each taken {passes:,.2g} times" if passes < 10 else f"each taken {passes:,.0f} times")
+        parts.append(f"each taken {passes:,.1f} times" if passes >= 1 else f"{max(passes, 0.01):.0%} of them are taken")
     return fact(name, ", ".join(parts))
 
 

@@ -22,8 +22,9 @@ _ON_DISK = {"disk": "the disk", "cache": "the cache folder's disk"}  # of a plan
 COLUMNS_WITH_FORMULAS = 72  # below it every formula would fold into a dozen lines
 
 
-def curve(values: Sequence[float]) -> str:
-    """The values as a row of blocks, the least the lowest; at most CURVE_POINTS of them, evenly chosen."""
+def curve(found: Sequence[float | None]) -> str:
+    """The finite values as a row of blocks, the least the lowest; at most CURVE_POINTS of them, evenly chosen."""
+    values = [value for value in found if value is not None and math.isfinite(value)]
     if len(values) > CURVE_POINTS:
         last = len(values) - 1
         values = [values[round(i * last / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS)]

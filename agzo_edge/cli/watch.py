@@ -51,12 +51,14 @@ def show_progress() -> "Callable[[Event], None]":
     course, console = Course(), stdout_console()
 
     def show(event: "Event") -> None:
+        nonlocal course
         from agzo_edge.events import Finished
 
         course.take(event)
         print_lines(console, [*event_lines(event), *progress_lines(course, event)])
         if isinstance(event, Finished):
             print_result(console, course, event.run)
+            course = Course()  # another run may follow
 
     return show
 
@@ -102,7 +104,7 @@ def print_result(console: Console, course: Course, run: "Run") -> None:
         print_lines(console, before_after(run.before, run.after, course, losses))
     elif run.after is not None:
         print_lines(console, [evaluation_line(int(run.report["steps"]), run.after)])
-    print_lines(console, ending_lines(run, course.planned.config))
+    print_lines(console, ending_lines(run, course))
     print_lines(console, cost_lines(run))
     console.print()
     if samples:
@@ -111,6 +113,8 @@ def print_result(console: Console, course: Course, run: "Run") -> None:
     prompt = samples[0]["prompt"] if samples else course.prompt
     if not prompt or len(prompt) > PROMPT_CHARACTERS:
         prompt = DEFAULT_PROMPT
-    command = generate_command(course.planned.config, str(best_adapter(run) or run.adapter), prompt)
+    config = course.planned.config
+    adapter = best_adapter(run, config.metric_for_best_model) or run.adapter
+    command = generate_command(config, str(adapter), prompt)
     console.print("try it", style="bold")
     console.print(command, soft_wrap=True)  # one line, to be copied whole

@@ -51,7 +51,9 @@ class FourBitWeight:
         is_few = x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype is self.state.dtype and not x.requires_grad
         if not (is_few and self.packed.is_cuda and self.shape[1] % self.state.blocksize == 0):
             return None
-        return _fused(x, self, bias) if _fuses_rightly(x.device, x.dtype) else None
+        state = self.state
+        works = _fuses_rightly(x.device, x.dtype, quant_type=state.quant_type, is_nested=state.nested)
+        return _fused(x, self, bias) if works else None
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """The packed nibbles and their scales, the nested ones too."""
@@ -113,14 +115,18 @@ def _fused(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> Tensor:
 
 
 @cache
-def _fuses_rightly(device: torch.device, dtype: torch.dtype) -> bool:
+def _fuses_rightly(device: torch.device, dtype: torch.dtype, *, quant_type: str, is_nested: bool) -> bool:
     """Whether the fused kernel is there and gives the dequantized product's numbers, tried once on a small case."""
     from bitsandbytes.functional import quantize_4bit
 
-    values = torch.linspace(-1.0, 1.0, 128 * 128, device=device).cos().view(128, 128).to(dtype)
-    weight = FourBitWeight(*quantize_4bit(values, quant_type="nf4"), dtype=dtype, workspace=Workspace())
+    drawn = torch.randn(128 + FEW_ROWS, 128, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    x, values = drawn[:FEW_ROWS], drawn[FEW_ROWS:]
+    values[:, 64:] *= 3.0  # the two blocks of a row have unlike scales
+    packed, state = quantize_4bit(values, quant_type=quant_type, compress_statistics=is_nested)
+    weight = FourBitWeight(packed, state, dtype=dtype, workspace=Workspace())
     try:
-        found = _fused(values[:1], weight, None)
+        found = _fused(x, weight, x[0])
     except Exception:  # noqa: BLE001  # whatever keeps it from working here, the product of the dense weight does
         return False
-    return torch.allclose(found, values[:1] @ weight.dense().mT, rtol=0.02, atol=0.2)
+    expected = x @ weight.dense().mT + x[0]
+    return torch.allclose(found, expected, rtol=0.0, atol=0.01 * float(expected.abs().max()))

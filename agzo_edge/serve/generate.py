@@ -73,7 +73,7 @@ class TextModel:
     def _form_of(self, prompt: str | Sequence[Message], ignore_chat_template: bool | None) -> PromptForm:
         """How a prompt is put. Raises ModelError for a conversation that nothing can lay out."""
         has_template = self.model.tokenizer.chat_template is not None
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and (has_template or ignore_chat_template is not False):
             asked: PromptForm = "plain" if ignore_chat_template else "chat"
             form = self.form or "chat" if ignore_chat_template is None else asked
             return form if has_template or form != "chat" else "plain"

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agzo_edge.errors import DataError
 from agzo_edge.train.tokens import TokenRow, labelled_from, n_shared
-from agzo_edge.train.turns import Message, without_nulls
+from agzo_edge.train.turns import Message, is_left_out, without_nulls
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SPLIT_UP = "give prompt and completion, one row for each turn"
@@ -41,7 +41,7 @@ def conversation_row(
     messages = _without_nulls(messages)
     with _refusals():
         is_marked = _GENERATION_MARK.search(tokenizer.get_chat_template(tools=tools))
-        if is_marked and all(message.get("weight") != 0 for message in messages):
+        if is_marked and not any(map(is_left_out, messages)):
             _require_written(messages, _text(messages, tokenizer, tools))
             return _marked_row(messages, tokenizer, tools)
         layout = _Layout(messages, tokenizer, tools)
@@ -141,7 +141,7 @@ class _Layout:
     def row(self) -> TokenRow:
         """The conversation's tokens, every assistant turn a label."""
         answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        turns = [turn for turn in answers if self.messages[turn].get("weight") != 0]
+        turns = [turn for turn in answers if not is_left_out(self.messages[turn])]
         edges = [edge for turn in turns for edge in self._turn_span(turn)]
         # A template writes its own BOS, so none is added; special tokens in the text are recognised all the same.
         texts = [self.text, *(self.text[:edge] for edge in edges)]

@@ -23,6 +23,7 @@ from agzo_edge.train.turns import (
     as_messages,
     conversation_faults,
     in_one_text,
+    is_left_out,
     string_faults,
     tools_faults,
     turns_faults,
@@ -88,7 +89,8 @@ def format_of(fields: Mapping[str, Any], objective: Objective) -> Format | None:
 def _normal(fields: Mapping[str, Any], row_format: Format) -> dict[str, Any]:
     """The fields as the rest of the program reads them."""
     if row_format == "sharegpt":
-        return {**fields, "messages": as_messages(fields["conversations"], system=fields.get("system"))}
+        messages = as_messages(fields["conversations"], system=fields.get("system"))
+        return {**fields, "messages": in_one_text(messages)}
     texts = {name: in_one_text(fields[name]) for name in _MAY_BE_MESSAGES if name in fields}
     if row_format == "preference" and _holds_prompt(fields):
         return {**fields, **with_prompt(texts["chosen"], texts["rejected"])}
@@ -119,6 +121,8 @@ def _lacking(fields: Mapping[str, Any], objective: Objective, first: SoundRow) -
 def row_faults(row: SoundRow) -> list[str]:
     """What is wrong with a row's fields, all of it; nothing for a row that can be used."""
     fields = row.fields
+    if row.format == "prompt-completion" and spelled(fields.get("label")).lower() == "false":  # KTO's
+        return ["label is false: this completion would be learned as a good one; leave such rows out"]
     if row.format in ("messages", "sharegpt"):
         name = "messages" if row.format == "messages" else "conversations"
         return conversation_faults(fields["messages"], name=name) + tools_faults(fields)
@@ -134,8 +138,6 @@ def row_faults(row: SoundRow) -> list[str]:
     if row.format == "prompt-completion" and isinstance(fields["prompt"], list):
         return _exchange_faults(fields["prompt"], fields["completion"]) + tools_faults(fields)
     faults = [fault for name in _FIELDS["lm"][row.format] for fault in string_faults(name, fields[name])]
-    if row.format == "prompt-completion" and fields.get("label") is False:
-        faults.append("label is false: this completion would be learned as a good one; leave such rows out")
     if row.format == "alpaca" and has_input(fields):
         faults += string_faults("input", fields["input"])
     return faults
@@ -150,8 +152,11 @@ def has_input(fields: Mapping[str, Any]) -> bool:
 def _exchange_faults(prompt: object, completion: object, *, name: str = "completion") -> list[str]:
     """What is wrong with a prompt and a completion that are both messages."""
     faults = conversation_faults(prompt, name="prompt") + turns_faults(completion, name=name)
-    if not faults and isinstance(completion, list) and completion[0]["role"] != "assistant":
-        faults.append(f"{name} begins with a {completion[0]['role']} message; it must be the assistant's")
+    if not faults and isinstance(completion, list):
+        if completion[0]["role"] != "assistant":
+            faults.append(f"{name} begins with a {completion[0]['role']} message; it must be the assistant's")
+        if any(is_left_out(message) for message in completion):
+            faults.append(f"{name} has a message of weight 0, which only a whole conversation, as messages, may have")
     return faults
 
 

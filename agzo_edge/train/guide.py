@@ -22,7 +22,7 @@ from agzo_edge.numerics.update import reprojected
 from agzo_edge.train.data import Batch
 from agzo_edge.train.objective import Goal
 
-GUIDES_AT_ONCE = 16
+GUIDES_AT_ONCE = 8
 
 
 def find_guides(

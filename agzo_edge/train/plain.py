@@ -6,6 +6,7 @@ not fit is several. Only a text's last row ends with an EOS.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, groupby
 
@@ -17,6 +18,9 @@ from agzo_edge.train.turns import character_faults
 
 _SPECIAL_TOKENS = 2  # BOS and EOS, which a row may get
 _CHARACTERS_AT_ONCE = 50_000  # of which a tokenizer takes some 200 bytes each
+_BLANKS = " \t\u3000"
+_JOINER = "\u200d"  # makes one emoji of two
+_MARKS = {"Mn", "Mc", "Me"}  # of Unicode's categories: accents and vowel signs, which belong to the letter before them
 
 
 def text_rows(
@@ -58,16 +62,40 @@ def _pieces(document: Document, tokenizer: PreTrainedTokenizerBase, *, max_token
         yield from broken
         return
     room = max_tokens - _SPECIAL_TOKENS
-    is_blank = [not line.strip() for line in lines]
-    cuts = _cuts(_lengths(lines, tokenizer), is_blank, room=room)
-    stretches = [(start + 1, "".join(lines[start:end])) for start, end in cuts]
+    parts = [(number, part) for number, line in enumerate(lines, start=1) for part in _parts(line, room)]
+    texts = [part for _, part in parts]
+    is_blank = [not text.strip() for text in texts]
+    cuts = _cuts(_lengths(texts, tokenizer), is_blank, room=room)
+    stretches = [(parts[start][0], "".join(texts[start:end])) for start, end in cuts]
     pieces = [
         (number, text)
         for number, stretch in _fitting(stretches, tokenizer, room=room)
-        if (text := stretch.rstrip("\n")).strip()
+        if (text := stretch.rstrip("\n" if stretch.endswith("\n") else _BLANKS)).strip()
     ]
     for i, (number, text) in enumerate(pieces, start=1):
         yield RawRow(f"{document.name}:{number}", {"text": text, "goes_on": i < len(pieces)})
+
+
+def _parts(line: str, room: int) -> Iterator[str]:
+    """The line, or stretches of it that are well within a row and begin after a blank where one is near."""
+    start, size = 0, max(1, room // 2)  # a token is three letters or four, or one
+    while len(line) - start > 2 * size and room > 0:
+        end = max(line.rfind(blank, start, start + size) for blank in _BLANKS) + 1
+        if end <= start:
+            end = _character_end(line, start + size)
+        yield line[start:end]
+        start = end
+    yield line[start:]
+
+
+def _character_end(text: str, at: int) -> int:
+    """The first place from `at` on that is not inside a character as people see one; `at` where there is none near."""
+    end = at
+    while end < len(text) and (
+        unicodedata.category(text[end]) in _MARKS or text[end] == _JOINER or text[end - 1] == _JOINER
+    ):
+        end += 1
+    return end if end < len(text) else at
 
 
 def _broken_lines(name: str, lines: Sequence[str]) -> Iterator[BrokenRow]:
@@ -125,10 +153,11 @@ def _fitting(
 
 
 def _divided(text: str, *, at: int) -> tuple[str, str]:
-    """A text in two: after the line break that is nearest to `at`, else at the nearest space, else there."""
-    for mark, left_out in (("\n", ""), (" ", " ")):
-        places = [place for place in (text.rfind(mark, 0, at), text.find(mark, at)) if 0 <= place < len(text) - 1]
-        if places:
-            end = min(places, key=lambda place: abs(place - at)) + 1
-            return text[:end].removesuffix(left_out), text[end:]
-    return text[: max(at, 1)], text[max(at, 1) :]
+    """A text in two: after the line break that is nearest to `at`, else after the nearest blank, else there."""
+    for marks in ("\n", _BLANKS):
+        found = [place for mark in marks for place in (text.rfind(mark, 0, at), text.find(mark, at))]
+        if places := [place + 1 for place in found if 0 <= place < len(text) - 1]:
+            at = min(places, key=lambda place: abs(place - at))
+            return text[:at], text[at:]
+    at = _character_end(text, max(at, 1))
+    return text[:at], text[at:]

@@ -145,9 +145,18 @@ def _plain_text(path: Path) -> Iterator[Document]:
 
 def _csv(path: Path) -> Iterator[RawRow | BrokenRow]:
     with _text(path, newline="") as lines:
-        names = lines.readline(MAX_ROW_BYTES)
+        names = next((line for line in iter(lambda: lines.readline(MAX_ROW_BYTES), "") if line.strip()), "")
     # Where a comma is in the numbers, spreadsheets put semicolons between the cells.
-    return _table_rows(path, delimiter=";" if ";" in names and "," not in names else ",", quoting=csv.QUOTE_MINIMAL)
+    delimiter = ";" if _n_cells(names, ";") > _n_cells(names, ",") else ","
+    return _table_rows(path, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL)
+
+
+def _n_cells(line: str, delimiter: str) -> int:
+    """The cells of a table's line, if they are apart by this; 0 where they cannot be."""
+    try:
+        return len(next(csv.reader([line], delimiter=delimiter, strict=True), []))
+    except csv.Error:
+        return 0
 
 
 def _tsv(path: Path) -> Iterator[RawRow | BrokenRow]:

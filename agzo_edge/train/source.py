@@ -15,6 +15,8 @@ _FILE_NAMES: Mapping[Split, tuple[str, ...]] = {
     "validation": ("valid", "validation", "val", "dev"),
     "test": ("test",),
 }
+_PART = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # as the hub numbers a file's parts
+_HELD_OUT = re.compile(r"(valid|validation|val|dev|test)(?![a-z])", re.IGNORECASE)
 
 
 def read_rows(source: str, *, split: Split) -> Iterator[RawRow | BrokenRow | Document]:
@@ -42,7 +44,7 @@ def require_place(source: str) -> None:
 def unused_validation(source: str) -> Path | None:
     """The held-out rows that lie beside a directory's training rows, for whoever has not named them."""
     path = Path(source)
-    files = _data_files(path.iterdir()) if path.is_dir() else []
+    files = _files_in(path) if path.is_dir() else []
     if not any(_is_of(file, _FILE_NAMES["train"]) for file in files):
         return None
     return next((file for file in files if _is_of(file, _FILE_NAMES["validation"])), None)
@@ -65,16 +67,21 @@ def source_files(path: Path, *, split: Split) -> list[Path]:
     if not path.is_dir():
         return [path]
     try:
-        files = _data_files(path.iterdir())
+        files = _files_in(path)
         if split == "train" and not _has_splits(files):  # only then is all that lies below looked at
             notes = [file for file in _data_files(path.rglob("*")) if not _is_hidden(file.relative_to(path))]
             if notes and all(file_kind(note) in PLAIN_KINDS for note in notes):
                 return notes
-        if (inner := path / "data").is_dir() and not _has_splits(files):
-            files = _data_files(inner.iterdir()) or files
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     return _split_files(path, files, split)
+
+
+def _files_in(directory: Path) -> list[Path]:
+    """The data files of a directory, or of its folder `data` where those are named as splits and its own are not."""
+    files = _data_files(directory.iterdir())
+    inner = _data_files((directory / "data").iterdir()) if (directory / "data").is_dir() else []
+    return inner if _has_splits(inner) and not _has_splits(files) else files
 
 
 def _data_files(paths: Iterator[Path]) -> list[Path]:
@@ -100,7 +107,7 @@ def _split_files(directory: Path, files: Sequence[Path], split: Split) -> list[P
     if split == "test" and not found:  # held out as well
         names = (*names, *_FILE_NAMES["validation"])
         found = [file for file in files if _is_of(file, names)]
-    if split == "train" and not found and _are_parts(files):
+    if split == "train" and not found and _are_parts(files) and not _HELD_OUT.match(files[0].name):
         return list(files)
     wanted = " or ".join(f"{name}.*" for name in names)
     if not found:
@@ -123,7 +130,7 @@ def _are_parts(files: Sequence[Path]) -> bool:
 def _is_of(file: Path, names: Sequence[str]) -> bool:
     """Whether a file is named as one of the splits, or as a part of it."""
     stem = file.name.split(".")[0].lower()
-    return re.sub(r"-\d+-of-\d+$", "", stem) in names
+    return _PART.sub("", stem) in names
 
 
 def _hub_rows(name: str, split: Split) -> Iterator[RawRow]:

@@ -16,9 +16,10 @@ from agzo_edge.errors import DataError
 from agzo_edge.train.conversation import conversation_row, exchange_row, prompt_ids
 from agzo_edge.train.formats import Format, SoundRow, has_input
 from agzo_edge.train.tokens import TokenRow, labelled_from, last_labels, n_shared
-from agzo_edge.train.turns import tools_of
+from agzo_edge.train.turns import is_left_out, tools_of
 
-_FIRST_WORDS = 6  # of a text, for the model to go on from
+_FIRST_WORDS, _FIRST_CHARACTERS = 6, 100  # of a text, for the model to go on from
+_INPUT = "### Input:\n"
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ def asking_of(row: SoundRow, tokenizer: PreTrainedTokenizerBase) -> Asking:
     """How a row asks; of a text, its first words."""
     fields = row.fields
     if row.format == "text":
-        return Asking("plain", " ".join(fields["text"].split()[:_FIRST_WORDS]))
+        return Asking("plain", " ".join(fields["text"].split()[:_FIRST_WORDS])[:_FIRST_CHARACTERS])
     if row.format == "alpaca":
-        return Asking("chat" if tokenizer.chat_template else "headings", _instruction(fields))
+        form: PromptForm = "chat" if tokenizer.chat_template else "headings"
+        return Asking(form, _instruction(fields, heading="" if form == "chat" else _INPUT))
     asked = fields["messages" if row.format in ("messages", "sharegpt") else "prompt"]
     if isinstance(asked, str):
         return Asking("plain", asked)
-    return Asking("chat", next((turn["content"] for turn in asked if turn["role"] == "user"), ""))
+    return Asking("chat", next((turn.get("content") or "" for turn in asked if turn["role"] == "user"), ""))
 
 
 def under_headings(instruction: str) -> str:
@@ -63,8 +65,7 @@ def token_rows(
     if row_format == "preference":
         return _pair_rows(fields, tokenizer)
     if row_format in ("messages", "sharegpt"):
-        row = conversation_row(fields["messages"], tokenizer, tools=tools_of(fields))
-        row = last_labels(row) if train_on == "last" else row
+        row = _conversation(fields, tokenizer, mask_prompt=mask_prompt, train_on=train_on)
     elif row_format == "text":
         row = _completed_row("", fields["text"], tokenizer, ends=not fields.get("goes_on"))
     elif row_format == "alpaca":
@@ -74,6 +75,23 @@ def token_rows(
     else:
         row = _completed_row(fields["prompt"], fields["completion"], tokenizer)
     return (row if mask_prompt else labelled_from(0, row.input_ids),)
+
+
+def _conversation(
+    fields: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mask_prompt: bool,
+    train_on: Literal["all", "last"],
+) -> TokenRow:
+    messages = fields["messages"]
+    if not mask_prompt and any(map(is_left_out, messages)):
+        raise DataError("a message has weight 0, and --no-mask-prompt learns all of them")
+    row = conversation_row(messages, tokenizer, tools=tools_of(fields))
+    if train_on == "all":
+        return row
+    last = [turn for turn in messages if turn["role"] == "assistant"][-1:]
+    return labelled_from(len(row.input_ids), row.input_ids) if any(map(is_left_out, last)) else last_labels(row)
 
 
 def _pair_rows(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[TokenRow, ...]:
@@ -150,10 +168,10 @@ def _alpaca_row(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     if tokenizer.chat_template:
         exchange = [{"role": "user", "content": _instruction(fields)}, {"role": "assistant", "content": output}]
         return conversation_row(exchange, tokenizer)
-    given = f"\n\n### Input:\n{fields['input']}" if has_input(fields) else ""
-    return _completed_row(under_headings(fields["instruction"] + given), output, tokenizer)
+    return _completed_row(under_headings(_instruction(fields, heading=_INPUT)), output, tokenizer)
 
 
-def _instruction(fields: Mapping[str, Any]) -> str:
+def _instruction(fields: Mapping[str, Any], *, heading: str = "") -> str:
     """An instruction with what it is to be done with."""
-    return fields["instruction"] + (f"\n\n{fields['input']}" if has_input(fields) else "")
+    instruction: str = fields["instruction"]
+    return instruction + (f"\n\n{heading}{fields['input']}" if has_input(fields) else "")

@@ -59,7 +59,14 @@ def _as_message(turn: object) -> object:
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
     role = turn["from"]
-    return {"role": _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": turn.get("value")}
+    weight = {"weight": turn["weight"]} if "weight" in turn else {}
+    role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    return {"role": role, "content": turn.get("value")} | weight
+
+
+def is_left_out(message: Message) -> bool:
+    """Whether a message is not to be learned though it is the assistant's."""
+    return message.get("weight") == 0
 
 
 def in_one_text(messages: object) -> object:

@@ -183,3 +183,4 @@ def test_a_flag_by_the_name_that_other_trainers_have_for_it_is_told_the_one_here
     code, _, told = run(capsys, "train", flag, "3")
     assert code == 2
     assert f"No such option: {flag}; here it is {here}" in told
+    assert "here it is" not in run(capsys, "profiles", flag, "3")[2]  # which has no such thing

@@ -100,7 +100,26 @@ def test_a_product_is_fused_for_few_rows_on_a_gpu_alone() -> None:
     layer = four_bit_layer("cpu")
     assert isinstance(layer.base, FourBitWeight)
     assert layer.base.fused_product(torch.randn(1, 128), None) is None
-    assert four_bit._fuses_rightly(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("kind", [{"quant_type": "nf4"}, {"quant_type": "fp4"}])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_kernel_that_is_wrong_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, kind: dict[str, str], is_nested: bool
+) -> None:
+    tried = partial(
+        four_bit._fuses_rightly.__wrapped__, torch.device("cpu"), torch.float32, **kind, is_nested=is_nested
+    )
+    assert tried()
+    fused = four_bit._fused
+    for wrong in (
+        lambda x, weight, bias: fused(x.flip(0), weight, bias),
+        lambda x, weight, _bias: fused(x, weight, None),
+        lambda x, weight, bias: fused(x, weight, bias).roll(1, -1),
+        lambda x, weight, bias: x @ weight.dense().mT.flip(0) + bias,
+    ):
+        monkeypatch.setattr(four_bit, "_fused", wrong)
+        assert not tried()
 
 
 @pytest.mark.gpu

@@ -131,6 +131,10 @@ def test_a_prompt_is_put_as_the_adapters_rows_were() -> None:
     writer = TextModel(model, form="plain")
     assert writer.generate("abc", max_new_tokens=N_NEW) == plain
     assert writer.generate("abc", max_new_tokens=N_NEW, ignore_chat_template=False) == answer
+    without = copy.deepcopy(model)
+    without.tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="without a chat template"):
+        TextModel(without).generate("abc", ignore_chat_template=False)
     assert writer.generate([{"role": "user", "content": "abc"}], max_new_tokens=N_NEW) == answer
 
 

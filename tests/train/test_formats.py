@@ -169,6 +169,12 @@ def test_what_is_marked_as_not_to_be_learned_is_not_learned_in_silence() -> None
     (fault,) = faults_of({"prompt": "Hi", "completion": "Go away", "label": False})
     assert "label is false: this completion would be learned as a good one" in fault
     assert faults_of({"prompt": "Hi", "completion": "Ho", "label": True}) == []
+    (fault,) = faults_of({"prompt": [TURN], "completion": [REPLY], "label": "False"})  # of a table
+    assert "label is false" in fault
+    (fault,) = faults_of({"prompt": [TURN], "completion": [REPLY | {"weight": 0}]})
+    assert "completion has a message of weight 0, which only a whole conversation" in fault
+    sharegpt = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho", "weight": 2}]}
+    assert "message 2 has weight 2" in faults_of(sharegpt)[0]
     (fault,) = faults_of({"messages": [TURN, REPLY | {"weight": 0.5}]})
     assert "message 2 has weight 0.5; 0 leaves an answer out" in fault
 

@@ -166,3 +166,7 @@ def test_a_spreadsheets_semicolons_stand_between_cells_too(tmp_path: Path) -> No
     assert [row.fields for row in file_rows(tmp_path / "a.csv")] == [{"prompt": "Hello; you", "completion": "1,5"}]
     (tmp_path / "b.csv").write_text("text,note\nA; and B,C\n")
     assert [row.fields for row in file_rows(tmp_path / "b.csv")] == [{"text": "A; and B", "note": "C"}]
+    (tmp_path / "c.csv").write_text('\n"text; all of it"\nA; and B\n')
+    assert [row.fields for row in file_rows(tmp_path / "c.csv")] == [{"text; all of it": "A; and B"}]
+    (tmp_path / "d.csv").write_text('"prompt";"completion, long"\nA;B\n')
+    assert [row.fields for row in file_rows(tmp_path / "d.csv")] == [{"prompt": "A", "completion, long": "B"}]

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from agzo_edge.errors import DataError
+from agzo_edge.train.rows import Document
 from agzo_edge.train.source import Split, read_rows, unused_validation
 
 
@@ -42,7 +43,7 @@ def test_a_downloaded_data_set_is_read_from_its_parts_and_not_its_readme(tmp_pat
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     (tmp_path / "data").mkdir()
     for part in range(2):
-        name = f"train-0000{part}-of-00002.jsonl"
+        name = f"train-0000{part}-of-00002-b42a775f407cee45.jsonl"
         (tmp_path / "data" / name).write_text(f'{{"text": "part {part}"}}\n')
     (tmp_path / "data" / "validation-00000-of-00001.jsonl").write_text('{"text": "held out"}\n')
     assert [row.fields["text"] for row in read_rows(str(tmp_path), split="train")] == ["part 0", "part 1"]
@@ -56,6 +57,23 @@ def test_numbered_files_are_parts_of_one_and_others_are_not(tmp_path: Path) -> N
     (tmp_path / "part-eval.jsonl").touch()
     with pytest.raises(DataError, match=r"no train.\* in it \(part-1.jsonl, part-2.jsonl, part-eval.jsonl\)"):
         list(read_rows(str(tmp_path), split="train"))
+
+
+@pytest.mark.parametrize("name", ["validation-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "valid_0.jsonl"])
+def test_held_out_rows_are_never_trained_on_for_want_of_others(tmp_path: Path, name: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / name).write_text('{"text": "held out"}\n')
+    with pytest.raises(DataError, match=r"no train.\* in it"):
+        list(read_rows(str(tmp_path), split="train"))
+
+
+def test_texts_in_the_hubs_folder_are_no_notes(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("of a data set")
+    (tmp_path / "data").mkdir()
+    for name in ("train", "valid"):
+        (tmp_path / "data" / f"{name}.txt").write_text(name)
+    assert [row.text for row in read_rows(str(tmp_path), split="train") if isinstance(row, Document)] == ["train"]
+    assert unused_validation(str(tmp_path)) == tmp_path / "data" / "valid.txt"
 
 
 def test_the_table_that_makes_a_folder_none_of_notes_is_named(tmp_path: Path) -> None:

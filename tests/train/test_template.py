@@ -142,6 +142,11 @@ def test_an_answer_of_weight_0_is_not_learned(tokenizer: Tokenizer, template: st
     tokenizer.chat_template = template
     talk = [turn | {"weight": 0} if turn["content"] == "Ho" else turn for turn in TALK]
     assert labels(row_of({"messages": talk}, "messages", tokenizer), tokenizer) == ["No more.<|im_end|>\n"]
+    with pytest.raises(DataError, match="--no-mask-prompt learns all of them"):
+        row_of({"messages": talk}, "messages", tokenizer, mask_prompt=False)
+    last_out = [*TALK[:-1], TALK[-1] | {"weight": 0}]
+    (row,) = token_rows({"messages": last_out}, "messages", tokenizer, mask_prompt=True, train_on="last")
+    assert not row.is_label.any()
     talk = [turn | {"weight": 1} if turn["role"] == "assistant" else turn for turn in TALK]
     expected = row_of({"messages": TALK}, "messages", tokenizer)
     assert np.array_equal(row_of({"messages": talk}, "messages", tokenizer).is_label, expected.is_label)
@@ -156,7 +161,8 @@ def test_an_answer_of_weight_0_is_not_learned(tokenizer: Tokenizer, template: st
         ("choice", {"prompt": "Hi", "options": [" a", " b"], "answer": 0}, "plain", "Hi"),
         ("prompt", {"prompt": "Hi"}, "plain", "Hi"),
         ("text", {"text": "one two\nthree four five six seven"}, "plain", "one two three four five six"),
-        ("alpaca", {"instruction": "Add.", "input": "1, 2", "output": "3"}, "headings", "Add.\n\n1, 2"),
+        ("alpaca", {"instruction": "Add.", "input": "1", "output": "3"}, "headings", "Add.\n\n### Input:\n1"),
+        ("messages", {"messages": [{"role": "user", "tool_calls": [{}]}]}, "chat", ""),
     ],
 )
 def test_how_a_row_asks_is_how_it_was_made_of_tokens(
@@ -166,7 +172,7 @@ def test_how_a_row_asks_is_how_it_was_made_of_tokens(
 
 
 def test_an_instruction_is_asked_as_it_was_learned(tokenizer: Tokenizer) -> None:
-    row = SoundRow("f:1", "alpaca", {"instruction": "Name a colour.", "output": "Blue"})
+    row = SoundRow("f:1", "alpaca", {"instruction": "Name a colour.", "input": "a warm one", "output": "Blue"})
     learned = tokenizer.decode(row_of(row.fields, "alpaca", tokenizer).input_ids, skip_special_tokens=True)
     assert learned == under_headings(asking_of(row, tokenizer).prompt) + "Blue"
     tokenizer.chat_template = CHATML
