@@ -30,6 +30,23 @@ def exact_attention(wanted: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unpacked_rows() -> Iterator[None]:
+    """Inside, transformers takes it that no row holds several sequences: to look, it waits for the device."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    look = getattr(masking_utils, name, None)
+    if look is None:  # another version has another way, or none
+        yield
+        return
+    setattr(masking_utils, name, lambda _position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, look)
+
+
 def choose_attention(network: Any, *, device: torch.device, dtype: torch.dtype) -> None:
     """Give a network our attention where transformers' choice would have all scores at once.
 

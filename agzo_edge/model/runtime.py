@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from agzo_edge.errors import ModelError
+from agzo_edge.model.attention import unpacked_rows
 from agzo_edge.model.branch import Branch, InputGroup, make_branches
 from agzo_edge.model.linear import BranchedLinear, FrozenLinear
 from agzo_edge.model.memory import is_out_of_memory
@@ -43,7 +44,8 @@ class EdgeModel:
         Rows are padded at their end, which no token before it sees: attention needs no mask but its own causality,
         and so its fastest kernel can be taken. What comes out at the padding means nothing.
         """
-        output = self.network.base_model(input_ids=input_ids, use_cache=False)
+        with unpacked_rows():
+            output = self.network.base_model(input_ids=input_ids, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden
 

@@ -1,18 +1,32 @@
 """Attention without padding masks, and with capped scores, against transformers' own."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, model_logits, reference, relative_error, tiny_batch, tiny_checkpoint, tiny_model
+from helpers import (
+    FAMILIES,
+    model_logits,
+    reference,
+    relative_error,
+    run_config,
+    tiny_batch,
+    tiny_checkpoint,
+    tiny_model,
+)
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from agzo_edge.budget.activations import CAPPED_QUERIES
 from agzo_edge.model import attention
 from agzo_edge.model.attention import capped_attention, repeated_attention
+from agzo_edge.model.passes import Refresh
+from agzo_edge.train.objective import GOALS
+from agzo_edge.train.step import _losses
 
 
 def eager(query, key, value, mask, *, scaling: float, softcap: float) -> torch.Tensor:
@@ -94,3 +108,21 @@ def test_padding_at_the_end_needs_no_mask(family: str, monkeypatch: pytest.Monke
         ours = model.logits(model.hidden_states(ids))
         expected = reference(tiny_checkpoint(family))(input_ids=ids, attention_mask=mask).logits
     assert relative_error(ours[mask.bool()], expected[mask.bool()]) < 1e-4
+
+
+class Asked(TorchDispatchMode):
+    """Counts the operations that wait for a device to tell a value."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_no_value_is_asked_of_the_device_before_the_losses_are_there(family: str) -> None:
+    model, batch, config = tiny_model(family, load_in_4bit=True), tiny_batch(3), run_config(rank=2)
+    with Asked() as asked:
+        _losses(model, batch, GOALS["lm"], step=1, mu=0.01, config=config, refresh=Refresh.NONE)
+    assert asked.n == 0
