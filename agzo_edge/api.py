@@ -19,6 +19,7 @@ from agzo_edge.errors import ConfigError, ModelError
 from agzo_edge.paths import expanded
 from agzo_edge.presets import PRESETS
 from agzo_edge.train.source import require_place
+from agzo_edge.verbs import with_torch_as_ours
 
 if TYPE_CHECKING:  # these load torch, which planning does without
     from agzo_edge.events import Event, Run
@@ -105,6 +106,7 @@ def _facts_to_train(config: RunConfig) -> ModelFacts:
     return facts
 
 
+@with_torch_as_ours
 def finetune(
     model: str | None = None,
     data: str | None = None,
@@ -133,6 +135,7 @@ def finetune(
     raise AssertionError("a run ended without its last event")
 
 
+@with_torch_as_ours
 def load(model: str | None = None, *, adapter: str | Path | None = None, **settings: Any) -> "TextModel":
     """A quantized model with its adapter, ready to write text: `load(...).generate(prompt)`.
 
@@ -149,6 +152,7 @@ def load(model: str | None = None, *, adapter: str | Path | None = None, **setti
     return TextModel(loaded, form=None if path is None else prompt_form_of(path))
 
 
+@with_torch_as_ours
 def evaluate(
     model: str | None = None, data: str | None = None, *, adapter: str | Path | None = None, **settings: Any
 ) -> "Metrics":
@@ -198,6 +202,7 @@ def _path(name: str | Path) -> Path:
     return Path(expanded(str(name)))
 
 
+@with_torch_as_ours
 def replay(
     run: str | Path,  # the directory of a run, or a file that `export(..., to="replay")` wrote
     *,
@@ -224,6 +229,7 @@ def replay(
     return target
 
 
+@with_torch_as_ours
 def export(
     adapter: str | Path, *, to: str, output: str | Path, model: str | None = None, dtype: str | None = None
 ) -> Path:
@@ -270,31 +276,14 @@ def doctor() -> dict[str, Any]:
     return examination()
 
 
+@with_torch_as_ours
 def check_numerics(model: str | None = None, data: str | None = None, **settings: Any) -> "Fidelity":
     """How far finite differences are from the exact derivative, over mu, with `model` on this machine.
 
     Without `data` on the demo's. Raises BudgetError when a step with exact differences does not fit.
     """
-    from agzo_edge.model.load import load_model
-    from agzo_edge.model.memory import refused_as_budget
-    from agzo_edge.preparation import fitted_here
-    from agzo_edge.train.examples import load_examples
-    from agzo_edge.train.fidelity import fidelity
-    from agzo_edge.train.goal import goal_of
+    from agzo_edge.checkup import fidelity_of
 
     if model is not None and data is None:
         data = str(DATA_DIR / TRAIN_NAME)
-    config = resolve({"model": model, "data": data, **settings})
-    if config.difference == "exact":
-        raise ConfigError("exact differences have no mu to check: ask about central or forward ones")
-    if config.objective == "reward":
-        raise ConfigError("a reward has no exact difference to compare with: ask about another objective")
-    exact = config.model_copy(update={"difference": "exact"})  # what needs the most memory
-    facts = model_facts(str(config.model))
-    fitted, _ = fitted_here(facts, exact)
-    with refused_as_budget(fitted.plan):
-        loaded = load_model(str(config.model), fitted.config)
-    examples = load_examples(str(config.data), loaded.tokenizer, config, facts=facts)
-    loaded.require_positions(examples.report.longest_tokens)
-    checked = fitted.config.model_copy(update={"difference": config.difference})
-    return fidelity(loaded, examples, checked, goal=goal_of(config))
+    return fidelity_of(resolve({"model": model, "data": data, **settings}))

@@ -68,8 +68,13 @@ _MUST_BE_THE_SAME = {
 def require_unused(directory: Path, *, flag: str = "--output-dir") -> None:
     """Raise AdapterError, with what to do, when `directory`, which `flag` named, holds anything already."""
     if (directory / JOURNAL_NAME).exists():
-        go_on = "go on with it by --resume-from-checkpoint, or " if flag == "--output-dir" else ""
+        resume = "--resume-from-checkpoint (in Python resume=True)"
+        go_on = f"go on with it by {resume}, or " if flag == "--output-dir" else ""
         raise AdapterError(f"{directory} holds another run: {go_on}choose another {flag}")
+    if directory.is_symlink() and not directory.exists():
+        raise AdapterError(
+            f"{directory} is a link to {directory.readlink()}, and nothing is there: choose another {flag}"
+        )
     above = (directory, *directory.absolute().parents)
     nearest = next(path for path in above if os.path.exists(path))  # noqa: PTH110  # Path's raises PermissionError
     if not nearest.is_dir():
@@ -183,7 +188,12 @@ def _discard(checkpoint: Path) -> None:
 
 
 def discard_halves(directory: Path) -> None:
-    """Remove the checkpoints whose writing, or removal, was cut short: nothing would ever read them."""
+    """Remove the checkpoints whose writing, or removal, was cut short: nothing would ever read them.
+
+    A tokenizer's folder is one that was there for a moment.
+    """
+    for path in directory.glob(".tokenizer-*"):
+        shutil.rmtree(path, ignore_errors=True)
     for path in directory.glob("checkpoint-*"):
         if path.name.removeprefix("checkpoint-").isdecimal() and not (path / STATE_NAME).exists():
             _discard(path)
@@ -246,7 +256,9 @@ def kept_evaluations(directory: Path, *, data_sha256: str) -> dict[int, Metrics]
         if kept["data_sha256"] != data_sha256:
             return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}") from None
+        raise AdapterError(
+            f"{path}: cannot be read: {error}. Without it the run goes on, and begins to score anew"
+        ) from None
     if wrong := [step for step, metrics in found.items() if step < 0 or not _are_numbers(metrics)]:
         raise AdapterError(f"{path}: the evaluation at step {wrong[0]} holds something else than numbers")
     return found

@@ -41,6 +41,7 @@ from agzo_edge.numerics.lowrank import LowRank
 from agzo_edge.paths import lasting
 from agzo_edge.preparation import on_adapters_layers, planned_run, run_data
 from agzo_edge.rebuild import bring_up_to, compute_as_begun
+from agzo_edge.record.files import writing
 from agzo_edge.record.journal import JournalWriter
 from agzo_edge.record.lock import RunLock
 from agzo_edge.rundir import (
@@ -243,7 +244,7 @@ class _Session:
         self.account.footprint.mark()
         last = self.account.steps  # fewer than max_steps where the run has stopped early
         yield from self.evaluations.made(last, partial(self._save_best, learner, header))
-        files = tokenizer_files(self.model.tokenizer)
+        files = tokenizer_files(self.model.tokenizer, self.out)
         save_result(self.out, learner, header, card=self.account.card(), extra_files=files)
         if self.config.target == "dequantized":
             shutil.rmtree(self.out / MERGED_NAME, ignore_errors=True)  # of a run that was killed here, or made longer
@@ -292,8 +293,8 @@ def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """The tokenizer's files by name, so that the adapter's directory is complete."""
-    with TemporaryDirectory() as folder:
+def tokenizer_files(tokenizer: Any, out: Path) -> dict[str, bytes]:
+    """The tokenizer's files by name, so that the adapter's directory is complete; written inside it for a moment."""
+    with writing(out), TemporaryDirectory(prefix=".tokenizer-", dir=out) as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

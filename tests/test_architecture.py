@@ -18,7 +18,7 @@ LAYERS = [
     {"events", "rundir"},
     {"footprint"},
     {"scalars", "account", "evaluations", "preparation", "rebuild", "run_report"},
-    {"session", "loading"},
+    {"session", "loading", "checkup", "verbs"},
     {"api"},
     {"cli"},
     {"__main__"},

@@ -278,6 +278,44 @@ def test_an_adapter_is_asked_as_its_rows_were_wherever_it_is_taken(tmp_path: Pat
     assert agzo_edge.load().form is None
 
 
+def test_torch_is_as_the_caller_had_it_and_the_run_as_ever(whole_run: Path, tmp_path: Path) -> None:
+    settings = json.loads((whole_run / "journal.jsonl").read_text().splitlines()[0])["config"]
+    given = {name: settings[name] for name in config_of(tmp_path).model_fields_set} | {
+        "output_dir": str(tmp_path / "run")
+    }
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            agzo_edge.finetune(**given)
+            agzo_edge.replay(tmp_path / "run", output=tmp_path / "replayed")
+            writer = agzo_edge.load(adapter=tmp_path / "run")
+        assert torch.get_default_dtype() is torch.bfloat16
+        assert torch.get_num_threads() == 2
+        assert writer.threads == 1
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+    assert adapter_of(tmp_path / "run") == adapter_of(whole_run)
+    assert adapter_of(tmp_path / "replayed") == adapter_of(whole_run)
+
+
+def test_a_link_to_nowhere_is_no_place_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(AdapterError, match=r"is a link to .*nowhere, and nothing is there"):
+        trained(tmp_path / "link")
+
+
+def test_damaged_bases_are_told_of_with_what_can_be_had(whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    bases = tmp_path / "run" / "bases" / f"step-{4:08d}.safetensors"
+    bases.write_bytes(bases.read_bytes()[:-9])
+    with pytest.raises(AdapterError, match="can be had by `replay --until-step 4`"):
+        agzo_edge.replay(tmp_path / "run", output=tmp_path / "replayed")
+    agzo_edge.replay(tmp_path / "run", output=tmp_path / "until", until_step=4)
+
+
 def test_an_adapter_finds_the_base_that_its_run_named_from_another_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

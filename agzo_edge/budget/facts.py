@@ -47,6 +47,7 @@ class ModelFacts:
     caps_logits: bool  # tanh of the logits: one more copy of them
     divides_logits: bool  # by a constant, or multiplies (Granite, Cohere): one more copy where they carry a tangent
     positions: int | None  # tokens in the longest row that the model was made for, where it says so
+    rotary_change: int | None = None  # tokens of a row, above which a whole batch's positions turn otherwise (longrope)
 
     @property
     def tied(self) -> bool:
@@ -146,7 +147,17 @@ def facts_of(checkpoint: Checkpoint) -> ModelFacts:
         caps_logits=bool(config.get("final_logit_softcapping")),
         divides_logits=bool(config.get("logits_scaling") or config.get("logit_scale")),
         positions=_positions(config),
+        rotary_change=_rotary_change(config),
     )
+
+
+def _rotary_change(config: Mapping[str, Any]) -> int | None:
+    """The length at which a model of Phi-3's kind takes its long factors, for all rows of a batch."""
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rotary, Mapping) or "longrope" not in (rotary.get("rope_type"), rotary.get("type")):
+        return None
+    length = rotary.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return length if isinstance(length, int) else None
 
 
 def input_groups(linears: Mapping[str, tuple[int, int]]) -> dict[str, int]:

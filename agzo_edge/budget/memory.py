@@ -191,6 +191,9 @@ def job_of(facts: ModelFacts, config: RunConfig, profile: Profile, *, data: Data
     )
 
 
+_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "gate"}
+
+
 def _notes(job: Job) -> Iterator[str]:
     """What of the settings and of the checkpoint does not take effect, and why."""
     facts, config = job.facts, job.config
@@ -198,6 +201,15 @@ def _notes(job: Job) -> Iterator[str]:
         yield f"config.json says {facts.n_layers} layers: of the weights' {facts.layers_stored} the others are left out"
     if facts.positions is not None and config.max_seq_length > facts.positions:
         yield f"rows have {facts.positions:,} tokens at most: the model has no more positions"
+    named = {name.rpartition(".")[2] for name in facts.targets(config.target_modules)} if facts.has_experts else set()
+    if named := named & _OF_EXPERTS:
+        names = ", ".join(sorted(named))
+        yield f"PEFT takes {names} for the experts' where a model has some, and not for these: use `export --to merged`"
+    if facts.rotary_change is not None and config.max_seq_length > facts.rotary_change:
+        yield (
+            f"a row over {facts.rotary_change:,} tokens changes how the model turns the positions of its whole batch: "
+            "losses depend on which rows come together, and so on the size of the pieces"
+        )
     if facts.has_state_space:
         yield "what its state-space mixers keep while they scan is not counted: the peak may be higher (measured: 29 %)"
     elif facts.model_type not in MEASURED:

@@ -45,7 +45,8 @@ def best_adapter(run: "Run", metric: str) -> Path | None:
     found, best = run.report.get("evaluations") or {}, run.report.get("best_step")
     if not best or found[str(best)][metric] in (None, found[max(found, key=int)][metric]):
         return None
-    return run.adapter / BEST_NAME
+    path = run.adapter / BEST_NAME
+    return path if path.is_dir() else None  # somebody may have taken it away
 
 
 def ending_lines(run: "Run", course: Course) -> list[Text]:

@@ -1,5 +1,6 @@
 """From arguments to an exit code: every way a command can end is told here, once."""
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -60,6 +61,11 @@ def exit_code_of(arguments: Sequence[str]) -> int:
         return _failed(AgzoError("stopped: a question had no answer"), exit_code=ABORTED, as_json=as_json)
     except _WRONG_USAGE as error:
         return _failed(_usage_error(error), exit_code=UsageError.exit_code, as_json=as_json)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:  # files of ours are told of by name
+            raise
+        told = "the output cannot be written: its disk is full. What a run has done is in its directory"
+        return _failed(AgzoError(told), exit_code=AgzoError.exit_code, as_json=False)
     except Exception as error:
         if as_json:
             write_json(error_object(error, exit_code=1))

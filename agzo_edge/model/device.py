@@ -1,5 +1,8 @@
 """Which device, dtype and threads we compute with."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 from torch import Tensor
 
@@ -40,6 +43,33 @@ def use_threads(n_threads: int, *, n_parameters: int) -> None:
     if n_threads == 0:
         n_threads = 1 if n_parameters < SMALL_MODEL_PARAMETERS else THREADS
     torch.set_num_threads(n_threads)
+
+
+@contextmanager
+def torch_as_ours() -> Iterator[None]:
+    """Inside, torch computes as this package means it to; after it dtype, threads and modes are the caller's again."""
+    dtype = torch.get_default_dtype()
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    with ExitStack() as modes:
+        modes.enter_context(with_threads(torch.get_num_threads()))
+        modes.enter_context(torch.inference_mode(mode=False))
+        modes.enter_context(torch.enable_grad())
+        for kind in kinds:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        modes.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+@contextmanager
+def with_threads(n_threads: int) -> Iterator[None]:
+    """Inside, torch begins with so many threads; after it it has those of before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:

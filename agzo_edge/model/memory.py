@@ -247,10 +247,8 @@ def _data_cap(limit_bytes: int) -> Iterator[None]:
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
     room = max(0, limit_bytes - told["RssAnon"])
-    soft = told["VmData"] + room
-    resource.setrlimit(
-        resource.RLIMIT_DATA, (soft if before[1] == resource.RLIM_INFINITY else min(soft, before[1]), before[1])
-    )
+    limits = [told["VmData"] + room, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))  # never above what was there
     try:
         yield
     finally:

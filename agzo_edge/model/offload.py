@@ -5,6 +5,7 @@ Beside a GPU tensors wait in the host's memory, and layers are streamed from the
 them at any time, so they take no memory that another program could want.
 """
 
+import errno
 import mmap
 import os
 import warnings
@@ -53,6 +54,8 @@ class MappedFile:
             self._file.flush()
             window = mmap.mmap(self._file.fileno(), data.nbytes, access=mmap.ACCESS_READ, offset=start)
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise MemoryError(str(error)) from None
             raise ModelError(f"what waits outside memory cannot be written to the disk: {error}") from None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it is read-only, and nothing writes to a base

@@ -73,5 +73,7 @@ def load_bases(run_dir: Path, step: int, shapes: Shapes) -> WindowBases:
         raise AdapterError(f"{path}: the bases of the window at step {step} are missing: the run cannot be rebuilt")
     try:
         return WindowBases.of_tensors(read_checked(path), shapes)
+    except AdapterError as error:
+        raise AdapterError(f"{error}. The steps before it can be had by `replay --until-step {step}`") from None
     except ValueError:
         raise AdapterError(f"{path}: does not hold the bases of this run's layers") from None

@@ -83,13 +83,15 @@ class JournalWriter:
         """Add the record of the next step; on return it is on the disk.
 
         On failure the line is taken back and the journal closed: the steps before it stay readable.
-        Raises AgzoError for a full disk, ValueError for a number that JSON does not have.
+        Raises AgzoError for a full disk and for a journal that is no longer in its place, ValueError for a number that
+        JSON does not have.
         """
         assert record.get("step") == self.next_step, f"step {record.get('step')} after {self.next_step - 1}"
         assert "crc" not in record, "the checksum is the journal's own"
         if not self._is_open:
             raise AgzoError(f"{self.path}: the journal is closed; nothing can be added")
         line = _line(record)
+        self._require_in_place()
         with writing(self.path):
             try:
                 write_all(self._descriptor, line)
@@ -99,6 +101,18 @@ class JournalWriter:
                 raise
         self._n_bytes += len(line)
         self.next_step += 1
+
+    def _require_in_place(self) -> None:
+        """Raise AgzoError where the run's directory was moved or removed while it ran: nobody would find the step."""
+        try:
+            is_in_place = os.path.samestat(self.path.stat(), os.fstat(self._descriptor))
+        except OSError:
+            is_in_place = False
+        if not is_in_place:
+            raise AgzoError(
+                f"{self.path}: has been moved, removed or replaced while the run wrote to it, after {self.next_step} "
+                "steps: put its directory back and go on with --resume-from-checkpoint"
+            )
 
     def close(self) -> None:
         """Close the file; every appended step is already on the disk."""

@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from agzo_edge.config import Sampling, sampling_from
 from agzo_edge.data_config import PromptForm
 from agzo_edge.errors import ModelError
+from agzo_edge.model.device import with_threads
 from agzo_edge.model.runtime import EdgeModel
 from agzo_edge.model.writing import stop_ids
 from agzo_edge.train.data import pad_id_of
@@ -31,6 +32,7 @@ class TextModel:
     def __init__(self, model: EdgeModel, *, form: PromptForm | None = None) -> None:
         self.model = model
         self.form = form
+        self.threads = torch.get_num_threads()  # chosen for the model's size when it was loaded
 
     def generate(
         self,
@@ -59,7 +61,7 @@ class TextModel:
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         mask = torch.ones_like(ids)
         passes = self.model.context.running(mask=mask.bool(), base_only=not with_adapter)
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), passes:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), with_threads(self.threads), passes:
             torch.manual_seed(sampling.seed)  # transformers samples from the global generator only
             output = self.model.network.generate(
                 input_ids=ids,
@@ -122,6 +124,10 @@ class TextModel:
             "max_new_tokens": sampling.max_new_tokens,
             "do_sample": sampling.temperature > 0,
             "repetition_penalty": sampling.repetition_penalty,
+            "num_beams": 1,  # and what else a checkpoint's generation_config.json may ask for that is no text
+            "num_return_sequences": 1,
+            "return_dict_in_generate": False,
+            "stop_strings": None,
             "pad_token_id": pad_id_of(self.model.tokenizer),
         }
         if sampling.temperature > 0:

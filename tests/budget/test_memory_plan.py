@@ -206,6 +206,22 @@ def test_a_family_whose_activations_were_not_measured_is_told() -> None:
     assert "type 'bloom' were not measured, and the plan may be too low" in note
 
 
+def test_what_peft_would_take_for_the_experts_is_told() -> None:
+    expert = {f"model.layers.0.mlp.experts.0.{name}.weight": (96, 16) for name in ("gate_proj", "up_proj", "down_proj")}
+    facts = facts_by_headers(LLAMA, llama_shapes() | expert)
+    (note,) = memory_plan(facts, config_from({"target_modules": ["o_proj", "down_proj"]}), CPU).notes
+    assert note.startswith("PEFT takes down_proj for the experts'")
+    assert memory_plan(facts, config_from({"target_modules": ["o_proj"]}), CPU).notes == ()
+
+
+def test_a_length_at_which_positions_turn_otherwise_is_told() -> None:
+    rotary = {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 64}
+    facts = facts_by_headers(LLAMA | rotary, llama_shapes())
+    (note,) = memory_plan(facts, config_from({"max_seq_length": 65}), CPU).notes
+    assert "a row over 64 tokens changes how the model turns the positions" in note
+    assert memory_plan(facts, config_from({"max_seq_length": 64}), CPU).notes == ()
+
+
 def test_routed_experts_take_what_all_tokens_of_all_their_experts_do() -> None:
     expert = {f"model.layers.0.mlp.experts.0.{name}.weight": (96, 16) for name in ("gate_proj", "up_proj", "down_proj")}
     sizes = {"num_experts_per_tok": 4, "moe_intermediate_size": 96}

@@ -164,17 +164,20 @@ def course_of(**settings: object) -> Course:
     return course
 
 
-def test_an_end_that_is_not_the_best_says_so_and_where_the_best_is() -> None:
+def test_an_end_that_is_not_the_best_says_so_and_where_the_best_is(tmp_path: Path) -> None:
     course = course_of(max_steps=60, early_stopping_patience=2, eval_data="b.jsonl")
     found = {"0": {"loss": 4.0}, "4": {"loss": 3.0}, "8": {"loss": 3.5}}
     report = {"steps": 8, "best_step": 4, "evaluations": found, "steps_without_signal": 0}
-    text = shown(*ending_lines(Run(Path("out"), None, None, report), course))
-    assert "after step 8 of 60: no better in 2 evaluations" in text
-    assert f"loss 3.0000 after step 4, in {Path('out/best')}" in text
+    run = Run(tmp_path, None, None, report)
+    gone = shown(*ending_lines(run, course))
+    assert "after step 8 of 60: no better in 2 evaluations" in gone
+    assert "best" not in gone
+    (tmp_path / "best").mkdir()
+    assert f"loss 3.0000 after step 4, in {tmp_path / 'best'}" in shown(*ending_lines(run, course)).replace("\n", "")
     as_good = {"steps": 60, "evaluations": found | {"60": {"loss": 3.0}}}
-    assert ending_lines(Run(Path("out"), None, None, report | as_good), course) == []
+    assert ending_lines(Run(tmp_path, None, None, report | as_good), course) == []
     lost = {"steps": 60, "evaluations": {"4": {"loss": None}, "60": {"loss": None}}}
-    assert ending_lines(Run(Path("out"), None, None, report | lost), course) == []
+    assert ending_lines(Run(tmp_path, None, None, report | lost), course) == []
 
 
 @pytest.mark.parametrize(
@@ -188,11 +191,12 @@ def test_steps_that_taught_nothing_are_told_of(objective: str, why: str) -> None
     assert why in text
 
 
-def test_a_reward_is_told_as_one_and_no_change_is_no_fall() -> None:
+def test_a_reward_is_told_as_one_and_no_change_is_no_fall(tmp_path: Path) -> None:
     course = course_of(objective="reward", reward="exact_match", max_steps=4)
     found = {"2": {"loss": -0.5}, "4": {"loss": 0.0}}
     report = {"steps": 4, "best_step": 2, "evaluations": found}
-    assert "reward 0.5000 after step 2" in shown(*ending_lines(Run(Path("out"), None, None, report), course))
+    (tmp_path / "best").mkdir()
+    assert "reward 0.5000 after step 2" in shown(*ending_lines(Run(tmp_path, None, None, report), course))
     assert str(course.told(0.0)) == "0.0"
     before, after = Metrics(64, -0.25, reward=0.25), Metrics(64, -0.5, reward=0.5)
     assert "held-out reward 0.2500 ▁█ 0.5000" in shown(*before_after(before, after, course, [-0.25, -0.5]))

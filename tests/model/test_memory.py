@@ -64,6 +64,20 @@ def test_under_a_cap_the_allocation_that_would_pass_it_fails_and_smaller_ones_do
     assert torch.ones(200 * MIB // 4).sum() == 200 * MIB // 4
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's data")
+def test_a_cap_never_lifts_a_limit_that_was_there() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (8 * GIB, before[1]))
+    try:
+        with capped(CPU, 64 * GIB):
+            assert resource.getrlimit(resource.RLIMIT_DATA)[0] <= 8 * GIB
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == 8 * GIB
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def test_other_errors_pass_a_cap_as_they_are() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), capped(CPU, 64 * GIB):
         torch.ones(2, 3) @ torch.ones(2, 3)

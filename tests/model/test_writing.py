@@ -138,6 +138,18 @@ def test_a_prompt_is_put_as_the_adapters_rows_were() -> None:
     assert writer.generate([{"role": "user", "content": "abc"}], max_new_tokens=N_NEW) == answer
 
 
+def test_a_checkpoints_own_way_to_generate_is_not_asked_for() -> None:
+    model = tiny_model()
+    plain = TextModel(model).generate("abc", max_new_tokens=N_NEW)
+    model.network.generation_config = copy.deepcopy(model.network.generation_config)
+    model.network.generation_config.update(
+        return_dict_in_generate=True, stop_strings=["a"], num_beams=4, num_return_sequences=2
+    )
+    pieces: list[str] = []
+    assert TextModel(model).generate("abc", max_new_tokens=N_NEW, on_text=pieces.append) == plain
+    assert "".join(pieces) == plain
+
+
 def test_a_text_goes_on_with_the_blank_that_it_needs() -> None:
     model = tiny_model()
     ids = model.tokenizer("abc", return_tensors="pt").input_ids

@@ -259,3 +259,21 @@ def test_the_check_in_the_format_description_passes(tmp_path: Path, monkeypatch:
     code = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     exec(code, {})
+
+
+@pytest.mark.parametrize("happens", ["moved", "removed", "replaced"])
+def test_a_step_is_not_written_where_nobody_would_find_it(tmp_path: Path, happens: str) -> None:
+    path = tmp_path / "run" / "journal.jsonl"
+    path.parent.mkdir()
+    first, second = _records(2)
+    with JournalWriter.create(path, HEADER) as writer:
+        writer.append(first)
+        if happens == "moved":
+            path.parent.rename(tmp_path / "elsewhere")
+        elif happens == "removed":
+            path.unlink()
+        else:
+            path.rename(path.with_suffix(".old"))
+            path.write_bytes(b"another")
+        with pytest.raises(AgzoError, match=r"has been moved, removed or replaced .* after 1 steps"):
+            writer.append(second)
