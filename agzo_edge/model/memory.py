@@ -252,4 +252,5 @@ def _data_cap(limit_bytes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
+        with suppress(ValueError):  # somebody has lowered the hard limit meanwhile, and the soft one with it
+            resource.setrlimit(resource.RLIMIT_DATA, before)
