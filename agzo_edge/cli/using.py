@@ -23,8 +23,8 @@ def generate(
         bool | None,
         typer.Option(
             "--ignore-chat-template/--chat-template",
-            help="Go on from the prompt as it stands, or answer it by the chat template; if neither is given as the "
-            "adapter's rows were.",
+            help="Go on from the prompt as it stands, or answer it by the chat template; by default as the adapter's "
+            "rows asked.",
             show_default=False,
         ),
     ] = None,
