@@ -16,6 +16,8 @@ from agzo_edge.config import RunConfig
 from agzo_edge.errors import ConfigError
 from agzo_edge.units import format_bytes
 
+EXPERTS_LAYERS = {"gate_proj", "up_proj", "down_proj", "gate"}  # as PEFT 0.21 knows them by their names
+
 
 class Saving(NamedTuple):
     """A change of the settings that saves memory."""
@@ -191,18 +193,15 @@ def job_of(facts: ModelFacts, config: RunConfig, profile: Profile, *, data: Data
     )
 
 
-_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "gate"}
-
-
 def _notes(job: Job) -> Iterator[str]:
-    """What of the settings and of the checkpoint does not take effect, and why."""
+    """What of the settings and of the checkpoint does not take effect, or not as one would think, and why."""
     facts, config = job.facts, job.config
     if facts.layers_stored > facts.n_layers:
         yield f"config.json says {facts.n_layers} layers: of the weights' {facts.layers_stored} the others are left out"
     if facts.positions is not None and config.max_seq_length > facts.positions:
         yield f"rows have {facts.positions:,} tokens at most: the model has no more positions"
-    named = {name.rpartition(".")[2] for name in facts.targets(config.target_modules)} if facts.has_experts else set()
-    if named := named & _OF_EXPERTS:
+    trained = facts.targets(config.target_modules) if facts.has_experts else ()
+    if named := {name.rpartition(".")[2] for name in trained} & EXPERTS_LAYERS:
         names = ", ".join(sorted(named))
         yield f"PEFT takes {names} for the experts' where a model has some, and not for these: use `export --to merged`"
     if facts.rotary_change is not None and config.max_seq_length > facts.rotary_change:

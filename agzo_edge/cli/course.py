@@ -93,6 +93,6 @@ class Course:
         return (time.monotonic() - self.training_start_s) / done * (self.n_steps - self.steps_done)
 
     @property
-    def held_out(self) -> list[float]:
-        """The held-out loss, or reward, of every evaluation so far, in order."""
-        return [self.told(self.evaluations[step].loss) for step in sorted(self.evaluations)]
+    def held_out_losses(self) -> list[float]:
+        """The held-out loss of every evaluation so far, in order."""
+        return [self.evaluations[step].loss for step in sorted(self.evaluations)]

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from agzo_edge.events import Run
     from agzo_edge.train.evaluate import Metrics
 
-BEST_NAME = "best"  # the folder of the best adapter in a run's
 REWARDS_ALIKE = (
     "each prompt's two answers had the same reward. Try --temperature, more --max-new-tokens, a larger --mu or a finer "
     "reward"
@@ -42,6 +41,8 @@ def before_after(before: "Metrics", after: "Metrics", course: Course, losses: Se
 
 def best_adapter(run: "Run", metric: str) -> Path | None:
     """Where the adapter is that did best on the held-out rows, unless the last is as good."""
+    from agzo_edge.rundir import BEST_NAME  # loads torch
+
     found, best = run.report.get("evaluations") or {}, run.report.get("best_step")
     if not best or found[str(best)][metric] in (None, found[max(found, key=int)][metric]):
         return None

@@ -76,10 +76,11 @@ def _usage_error(error: Exception) -> UsageError:
     """typer's complaint in its own words, with where to read on."""
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     context = getattr(error, "ctx", None)
-    here = _HERE.get(getattr(error, "option_name", ""), "")
+    name = getattr(error, "option_name", "")
+    here = _HERE.get(name, "")
     known = {option for parameter in context.command.params for option in parameter.opts} if context else set()
     if here.split(",")[0] in known:
-        message = f"No such option: {error.option_name}; here it is {here}"  # type: ignore[attr-defined]  # it has one
+        message = f"No such option: {name}; here it is {here}"
     command = context.command_path if context is not None else "agzo-edge"
     return UsageError(f"{message}\nsee: {command} --help")
 

@@ -152,7 +152,8 @@ def live_view(course: Course) -> RenderableType:
     )
     grid.add_row(course.measure, _recent(course), f"{course.tokens_per_s or 0:,.0f} tokens/s")
     if course.evaluations:
-        grid.add_row("held out", Text(curve(course.held_out), "cyan"), _latest(course))
+        line = curve([course.told(loss) for loss in course.held_out_losses])
+        grid.add_row("held out", Text(line, "cyan"), _latest(course))
     if course.planned and course.peak_bytes:
         limit = course.planned.plan.limit_bytes
         bar = ProgressBar(total=limit, completed=min(course.peak_bytes, limit), complete_style="green")

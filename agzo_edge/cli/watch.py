@@ -1,7 +1,6 @@
 """Watching a run: live on a terminal, in plain lines elsewhere, as JSON lines for programs."""
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -34,13 +33,16 @@ def watch(events: "Iterable[Event]", console: Console) -> None:
     """Show a run to a person: with a live view on a terminal, in lines anywhere else."""
     from agzo_edge.events import Finished
 
+    if not is_live(console):
+        show = _printing(console)
+        for event in events:
+            show(event)
+        return
     course = Course()
-    with _drawing(course, console) if is_live(console) else nullcontext():
+    with _drawing(course, console):
         for event in events:
             course.take(event)
             print_lines(console, event_lines(event))
-            if not is_live(console):
-                print_lines(console, progress_lines(course, event))
             if isinstance(event, Finished):
                 run = event.run
     print_result(console, course, run)
@@ -48,7 +50,12 @@ def watch(events: "Iterable[Event]", console: Console) -> None:
 
 def show_progress() -> "Callable[[Event], None]":
     """What prints a run in lines on stdout while it goes: `finetune(..., observe=show_progress())`."""
-    course, console = Course(), stdout_console()
+    return _printing(stdout_console())
+
+
+def _printing(console: Console) -> "Callable[[Event], None]":
+    """What prints a run's events in lines, and at its end what came of it."""
+    course = Course()
 
     def show(event: "Event") -> None:
         nonlocal course
@@ -98,8 +105,7 @@ def print_result(console: Console, course: Course, run: "Run") -> None:
     samples = run.report.get("samples") or []
     console.print()
     told = run.report.get("evaluations") or {}  # a resumed run's earlier ones too
-    seen = (course.evaluations[step].loss for step in sorted(course.evaluations))
-    losses = [told[step]["loss"] for step in sorted(told, key=int)] or [*seen]
+    losses = [told[step]["loss"] for step in sorted(told, key=int)] or course.held_out_losses
     if run.before is not None and run.after is not None and len(losses) > 1:
         print_lines(console, before_after(run.before, run.after, course, losses))
     elif run.after is not None:

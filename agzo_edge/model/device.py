@@ -48,22 +48,21 @@ def use_threads(n_threads: int, *, n_parameters: int) -> None:
 @contextmanager
 def torch_as_ours() -> Iterator[None]:
     """Inside, torch computes as this package means it to; after it dtype, threads and modes are the caller's again."""
-    dtype = torch.get_default_dtype()
-    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     with ExitStack() as modes:
-        modes.enter_context(with_threads(torch.get_num_threads()))
+        modes.callback(torch.set_num_threads, torch.get_num_threads())
+        modes.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         modes.enter_context(torch.inference_mode(mode=False))
         modes.enter_context(torch.enable_grad())
-        for kind in kinds:
-            modes.enter_context(torch.autocast(kind, enabled=False))
-        modes.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(torch.float32)
+        modes.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.cuda.is_available():
+            modes.enter_context(torch.autocast("cuda", enabled=False))
         yield
 
 
 @contextmanager
 def with_threads(n_threads: int) -> Iterator[None]:
-    """Inside, torch begins with so many threads; after it it has those of before."""
+    """Inside, torch has so many threads; after it those of before."""
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:

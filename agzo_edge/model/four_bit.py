@@ -48,10 +48,10 @@ class FourBitWeight:
         A weight that is dequantized for one token is written and read again as a whole, nine times the bytes. Of more
         rows the library may dequantize it as well, and into memory of its own.
         """
-        is_few = x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype is self.state.dtype and not x.requires_grad
-        if not (is_few and self.packed.is_cuda and self.shape[1] % self.state.blocksize == 0):
-            return None
         state = self.state
+        is_few = x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype is state.dtype and not x.requires_grad
+        if not (is_few and self.packed.is_cuda and self.shape[1] % state.blocksize == 0):
+            return None
         works = _fuses_rightly(x.device, x.dtype, quant_type=state.quant_type, is_nested=state.nested)
         return _fused(x, self, bias) if works else None
 

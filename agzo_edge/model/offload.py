@@ -42,7 +42,10 @@ class MappedFile:
         weakref.finalize(self, self._file.close)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The same tensor, read-only, its bytes in the file. Raises ModelError when the disk is full."""
+        """The same tensor, read-only, its bytes in the file.
+
+        Raises ModelError when the disk is full, MemoryError when the process may not map more.
+        """
         if not tensor.is_contiguous():
             return self.keep(tensor.mT).mT  # Conv1D's: a matmul rounds by layout
         data = tensor.detach().view(-1).view(torch.uint8)

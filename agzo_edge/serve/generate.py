@@ -75,15 +75,14 @@ class TextModel:
     def _form_of(self, prompt: str | Sequence[Message], ignore_chat_template: bool | None) -> PromptForm:
         """How a prompt is put. Raises ModelError for a conversation that nothing can lay out."""
         has_template = self.model.tokenizer.chat_template is not None
-        if isinstance(prompt, str) and (has_template or ignore_chat_template is not False):
-            asked: PromptForm = "plain" if ignore_chat_template else "chat"
-            form = self.form or "chat" if ignore_chat_template is None else asked
-            return form if has_template or form != "chat" else "plain"
-        if not has_template or ignore_chat_template:
-            raise ModelError(
-                f"{self.model.source}: without a chat template there is no conversation: give a plain prompt"
-            )
-        return "chat"
+        if ignore_chat_template is False or not isinstance(prompt, str):
+            if not has_template or ignore_chat_template:
+                raise ModelError(
+                    f"{self.model.source}: without a chat template there is no conversation: give a plain prompt"
+                )
+            return "chat"
+        form = "plain" if ignore_chat_template else self.form or "chat"
+        return form if has_template or form != "chat" else "plain"
 
     def _prompt_ids(self, prompt: str | Sequence[Message], form: PromptForm) -> torch.Tensor:  # (1, tokens)
         if form == "chat":

@@ -22,7 +22,7 @@ from agzo_edge.numerics.update import reprojected
 from agzo_edge.train.data import Batch
 from agzo_edge.train.objective import Goal
 
-GUIDES_AT_ONCE = 8
+GUIDES_AT_ONCE = 8  # a batch of them takes some six times its own size for a moment
 
 
 def find_guides(

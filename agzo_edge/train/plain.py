@@ -119,9 +119,10 @@ def _lengths(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[i
 
 
 def _cuts(n_tokens: Sequence[int], is_blank: Sequence[bool], *, room: int) -> Iterator[tuple[int, int]]:
-    """First line and the line after the last, for each piece of at most `room` tokens (a line at least).
+    """The first part and the one after the last, for each piece of at most `room` tokens (a part at least).
 
-    A piece ends at its last blank line when that leaves it at least half full.
+    A part is a line, or a stretch of a long one. A piece ends at its last blank part when that leaves it at least half
+    full.
     """
     before = np.concatenate([[0], np.cumsum(n_tokens)])  # tokens before each line
     after_blank = np.flatnonzero(is_blank) + 1

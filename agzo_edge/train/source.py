@@ -16,7 +16,7 @@ _FILE_NAMES: Mapping[Split, tuple[str, ...]] = {
     "test": ("test",),
 }
 _PART = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # as the hub numbers a file's parts
-_HELD_OUT = re.compile(r"(valid|validation|val|dev|test)(?![a-z])", re.IGNORECASE)
+_HELD_OUT = re.compile(rf"({'|'.join(_FILE_NAMES['validation'] + _FILE_NAMES['test'])})(?![a-z])", re.IGNORECASE)
 
 
 def read_rows(source: str, *, split: Split) -> Iterator[RawRow | BrokenRow | Document]:
